@@ -1,0 +1,347 @@
+"""Tensor expressions of the float operators whose layout or summation order is ours to choose.
+
+Everything here takes and returns ``tvm.te`` tensors. Spatial ranks 1 and 2 (and 3 for pools);
+``layout`` is ``"NC"`` (channels first, ONNX) or ``"NHWC"`` (channels last).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+from tvm import te, tirx
+
+from mpqc.graph import Array
+
+BLOCK = 16  # output channels that are packed side by side: 1 zmm, 2 ymm or 4 neon registers
+TREE_LEAVES = 16  # a sum of at most this many terms is one expression
+
+
+@dataclass(frozen=True)
+class Window:
+    """Geometry of a convolution or a pool over the spatial axes.
+
+    Attributes:
+        kernel, strides, dilations: per spatial axis.
+        before, after: padding per spatial axis, in elements.
+        output: spatial shape of the result.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    output: tuple[int, ...]
+
+    def position(self, axis: int, out: Any, tap: Any) -> Any:
+        """Input index along one axis, before clipping to the input."""
+        return out * self.strides[axis] + tap * self.dilations[axis] - self.before[axis]
+
+
+def register_rows(extent: int, limit: int) -> int:
+    """Rows of a register tile: few tiles of nearly full height, little overhang.
+
+    The cost of a tile of t rows is taken as t + 1.5: t multiply-adds per weight vector loaded.
+    """
+    limit = max(1, limit)
+    return min(
+        range(1, min(limit, extent) + 1), key=lambda t: (ceil(extent / t) * (t + 1.5), -t)
+    )
+
+
+def pack_weights(weight: Array, groups: int) -> Array:
+    """[O, I/g, *kernel] -> [O/b, *kernel, I/g, b], O padded with zeros to a multiple of b."""
+    outs = weight.shape[0]
+    b = block_of(outs, groups)
+    padded = np.zeros((ceil(outs / b) * b, *weight.shape[1:]), weight.dtype)
+    padded[:outs] = weight
+    blocked = padded.reshape(-1, b, *weight.shape[1:])  # ob, b, i, *k
+    rank = weight.ndim - 2
+    return np.ascontiguousarray(blocked.transpose(0, *range(3, 3 + rank), 2, 1))
+
+
+def block_of(outs: int, groups: int) -> int:
+    """Channels in one packed block; with groups a block must not cross a group."""
+    if groups == 1:
+        return BLOCK
+    per_group = outs // groups
+    return max(b for b in range(1, BLOCK + 1) if per_group % b == 0)
+
+
+def pad(data: Any, before: Sequence[int], shape: Sequence[int], value: float) -> Any:
+    """Place ``data`` at ``before`` in a tensor of ``shape`` filled with ``value``."""
+    fill = tirx.const(value, data.dtype)
+
+    def at(*index: Any) -> Any:
+        source = [i - b for i, b in zip(index, before, strict=True)]
+        inside = [
+            condition
+            for i, s, b, size, extent in zip(
+                index, source, before, data.shape, shape, strict=True
+            )
+            for condition in _within(i, s, b, int(size), extent)
+        ]
+        return te.if_then_else(te.all(*inside), data(*source), fill) if inside else data(*source)
+
+    return te.compute(tuple(shape), at, name="pad")
+
+
+def _within(index: Any, source: Any, before: int, size: int, extent: int) -> list[Any]:
+    conditions = []
+    if before > 0:
+        conditions.append(index >= before)
+    if extent > before + size:
+        conditions.append(source < size)
+    return conditions
+
+
+def convolution(
+    data: Any,
+    weight: Any,
+    bias: Any | None,
+    window: Window,
+    outs: int,
+    groups: int,
+    layout: str,
+    rows: int,
+) -> Any:
+    """Convolution of data that is padded already, with weights from ``pack_weights``.
+
+    Args:
+        data: float [N, C, *S] or [N, *S, C], large enough for an output row of a multiple of
+            ``rows``.
+        weight: [O/b, *kernel, I/g, b].
+        bias: [O] or None.
+        rows: the register tile along the last spatial axis.
+    """
+    rank = len(window.kernel)
+    b, depth = int(weight.shape[-1]), int(weight.shape[-2])
+    per_group = outs // groups
+    spatial = (*window.output[:-1], ceil(window.output[-1] / rows) * rows)
+    taps = [te.reduce_axis((0, k), f"r{axis}") for axis, k in enumerate(window.kernel)]
+    channel = te.reduce_axis((0, depth), "rc")
+
+    def tile(n: Any, ob: Any, *rest: Any) -> Any:
+        place, oi = rest[:-1], rest[-1]
+        at = [
+            p * s + t * d
+            for p, s, t, d in zip(place, window.strides, taps, window.dilations, strict=True)
+        ]
+        first = 0 if groups == 1 else (ob * b) // per_group * depth
+        return te.sum(
+            _read(data, layout, n, at, first + channel) * weight(ob, *taps, channel, oi),
+            axis=[*taps, channel],
+        )
+
+    blocks = int(weight.shape[0])
+    acc = te.compute(
+        (data.shape[0], blocks, *spatial, b), tile, name="conv", attrs={"mpqc.rows": rows}
+    )
+
+    def out(n: Any, place: Sequence[Any], o: Any) -> Any:
+        value = acc(n, o // b, *place, o % b)
+        return value if bias is None else value + bias[o]
+
+    return _compute(int(data.shape[0]), outs, window.output, layout, out, "conv_out", rank)
+
+
+def depthwise(data: Any, weight: Any, bias: Any | None, window: Window, layout: str) -> Any:
+    """Depthwise convolution; data not padded, weight [*kernel, C].
+
+    The taps are one expression in row-major order, so there is no accumulator in memory.
+    """
+    rank = len(window.kernel)
+    channels = int(weight.shape[-1])
+
+    def out(n: Any, place: Sequence[Any], c: Any) -> Any:
+        terms = [
+            value * weight(*tap, c)
+            for tap, value in _window_values(data, layout, window, n, place, c, 0.0)
+        ]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total if bias is None else total + bias[c]
+
+    return _compute(int(data.shape[0]), channels, window.output, layout, out, "depthwise", rank)
+
+
+def max_pool(data: Any, window: Window, layout: str) -> Any:
+    """Maximum over the window; padding never wins."""
+
+    def out(n: Any, place: Sequence[Any], c: Any) -> Any:
+        lowest = float(tirx.min_value(str(data.dtype)).value)
+        values = [v for _, v in _window_values(data, layout, window, n, place, c, lowest)]
+        best = values[0]
+        for value in values[1:]:
+            best = te.max(best, value)
+        return best
+
+    return _compute(
+        int(data.shape[0]), _channels(data, layout), window.output, layout, out, "max_pool",
+        len(window.kernel),
+    )  # fmt: skip
+
+
+def average_pool(data: Any, window: Window, layout: str, include_pad: bool) -> Any:
+    """Mean over the window: a pairwise tree over the taps in row-major order, then * (1/count).
+
+    A tap in the padding counts as a zero in its place of the tree.
+    """
+    sizes = _spatial(data, layout)
+    padded = any(window.before) or any(
+        window.position(a, window.output[a] - 1, window.kernel[a] - 1) >= sizes[a]
+        for a in range(len(sizes))
+    )
+    ceiled = any(
+        window.position(a, window.output[a] - 1, window.kernel[a] - 1)
+        >= sizes[a] + window.after[a]
+        for a in range(len(sizes))
+    )
+
+    def factor(place: Sequence[Any]) -> Any:
+        if not padded or (include_pad and not ceiled):
+            return tirx.const(float(np.float32(1 / prod(window.kernel))), data.dtype)
+        count = tirx.const(1, "int64")
+        for axis, p in enumerate(place):
+            low = -window.before[axis] if include_pad else 0
+            high = sizes[axis] + (window.after[axis] if include_pad else 0)
+            inside = tirx.const(0, "int64")
+            for tap in range(window.kernel[axis]):
+                at = window.position(axis, p, tap)
+                inside = inside + te.all(at >= low, at < high).astype("int64")
+            count = count * inside
+        return tirx.const(1.0, data.dtype) / count.astype(data.dtype)
+
+    def out(n: Any, place: Sequence[Any], c: Any) -> Any:
+        values = [v for _, v in _window_values(data, layout, window, n, place, c, 0.0)]
+        return tree_sum(values) * factor(place)
+
+    return _compute(
+        int(data.shape[0]), _channels(data, layout), window.output, layout, out, "average_pool",
+        len(window.kernel),
+    )  # fmt: skip
+
+
+def tree_sum(values: Sequence[Any]) -> Any:
+    """Pairwise sum by halves: while n > 1: h = ceil(n/2); x[i] += x[i+h] for i < n-h; n = h."""
+    values = list(values)
+    while len(values) > 1:
+        half = ceil(len(values) / 2)
+        values = [
+            values[i] + values[i + half] if i < len(values) - half else values[i]
+            for i in range(half)
+        ]
+    return values[0]
+
+
+def tree_halve(data: Any, axis: int) -> Any:
+    """One level of ``tree_sum`` along an axis of n elements: the result has ceil(n/2)."""
+    shape = [int(d) for d in data.shape]
+    n = shape[axis]
+    half = ceil(n / 2)
+    shape[axis] = half
+
+    def at(*index: Any) -> Any:
+        other = list(index)
+        other[axis] = index[axis] + half
+        if n == 2 * half:
+            return data(*index) + data(*other)
+        return te.if_then_else(
+            index[axis] < n - half, data(*index) + data(*other), data(*index)
+        )
+
+    return te.compute(tuple(shape), at, name="tree_halve")
+
+
+def tree_finish(data: Any, axis: int, count: int) -> Any:
+    """The last levels of the tree in one expression, times float32(1/count); drops the axis."""
+    n = int(data.shape[axis])
+    shape = [int(d) for i, d in enumerate(data.shape) if i != axis]
+    factor = tirx.const(float(np.float32(1 / count)), data.dtype)
+
+    def at(*index: Any) -> Any:
+        values = [data(*index[:axis], tirx.const(i, "int64"), *index[axis:]) for i in range(n)]
+        return tree_sum(values) * factor
+
+    return te.compute(tuple(shape), at, name="tree_mean")
+
+
+def matmul(
+    data: Any, weight: Any, bias: Any | None, outs: int, height: int, rows: int
+) -> Any:
+    """data [..., M', K] @ packed weight [N/b, K, b] (+ bias [N]) -> [..., M, N].
+
+    M' is ``height`` = M rounded up to a multiple of ``rows``, the register tile.
+    """
+    b, depth = int(weight.shape[-1]), int(weight.shape[-2])
+    blocks = int(weight.shape[0])
+    lead = [int(d) for d in data.shape[:-1]]
+    k = te.reduce_axis((0, depth), "rc")
+
+    def tile(*index: Any) -> Any:
+        ob, place, oi = index[0], index[1:-1], index[-1]
+        return te.sum(data(*place, k) * weight(ob, k, oi), axis=[k])
+
+    acc = te.compute((blocks, *lead, b), tile, name="matmul", attrs={"mpqc.rows": rows})
+
+    def out(*index: Any) -> Any:
+        place, o = index[:-1], index[-1]
+        value = acc(o // b, *place, o % b)
+        return value if bias is None else value + bias[o]
+
+    return te.compute((*lead[:-1], height, outs), out, name="matmul_out")
+
+
+def _window_values(
+    data: Any, layout: str, window: Window, n: Any, place: Sequence[Any], c: Any, fill: float
+) -> list[tuple[tuple[int, ...], Any]]:
+    """(tap, value) in row-major order, ``fill`` where the tap lies in the padding."""
+    sizes = _spatial(data, layout)
+    constant = tirx.const(fill, data.dtype)
+    values = []
+    for tap in product(*(range(k) for k in window.kernel)):
+        at, inside = [], []
+        for axis, (p, t, size) in enumerate(zip(place, tap, sizes, strict=True)):
+            index = window.position(axis, p, t)
+            at.append(index)
+            if window.position(axis, 0, t) < 0:
+                inside.append(index >= 0)
+            if window.position(axis, window.output[axis] - 1, t) >= size:
+                inside.append(index < size)
+        value = _read(data, layout, n, at, c)
+        values.append((tap, te.if_then_else(te.all(*inside), value, constant) if inside else value))
+    return values
+
+
+def _read(data: Any, layout: str, n: Any, place: Sequence[Any], c: Any) -> Any:
+    return data(n, *place, c) if layout == "NHWC" else data(n, c, *place)
+
+
+def _spatial(data: Any, layout: str) -> list[int]:
+    shape = [int(d) for d in data.shape]
+    return shape[1:-1] if layout == "NHWC" else shape[2:]
+
+
+def _channels(data: Any, layout: str) -> int:
+    return int(data.shape[-1] if layout == "NHWC" else data.shape[1])
+
+
+def _compute(
+    batch: int,
+    channels: int,
+    spatial: Sequence[int],
+    layout: str,
+    value: Callable[[Any, Sequence[Any], Any], Any],
+    name: str,
+    rank: int,
+) -> Any:
+    """A tensor in the layout whose element is ``value(n, place, channel)``."""
+    if layout == "NHWC":
+        shape = (batch, *spatial, channels)
+        return te.compute(shape, lambda n, *i: value(n, i[:rank], i[rank]), name=name)
+    shape = (batch, channels, *spatial)
+    return te.compute(shape, lambda n, c, *i: value(n, i, c), name=name)
