@@ -1,0 +1,1 @@
+"""mpqc: the mixed-precision quantization compiler."""
