@@ -3,7 +3,7 @@
 import heapq
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from mpqc.onnx_files import read_model, read_tensor, sha256, tensors_of
 from mpqc.onnx_nodes import (
     attribute_value,
     dtype_name,
-    element_type,
     evaluate_proto,
     infer,
     join_op,
     tensor_type,
 )
+from mpqc.pooling import explicit_pads
 
 __all__ = ["load", "sha256"]
 
@@ -37,9 +37,12 @@ SMALL_TENSOR_BYTES = 1 << 16  # larger weights bypass the C++ parts of onnx
 
 # Folding one of these would lose a number format, be random, or take long in numpy.
 _NEVER_FOLDED = frozenset(
-    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear RandomNormal RandomUniform "
-    "RandomNormalLike RandomUniformLike Multinomial Bernoulli Conv ConvTranspose ConvInteger "
-    "QLinearConv MaxPool AveragePool LpPool Loop Scan LSTM GRU RNN Resize DeformConv".split()
+    {
+        *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Bernoulli"),
+        *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
+        *("Multinomial", "Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv"),
+        *("MaxPool", "AveragePool", "LpPool", "Resize", "Loop", "Scan", "LSTM", "GRU", "RNN"),
+    }
 )
 _DATA_DEPENDENT = frozenset({"NonZero", "Unique", "Compress"})
 # QONNX's quantizers keep the shape of what they quantize.
@@ -340,7 +343,22 @@ class _Folder:
             kind = kinds[name]
             assert kind is not None
             self._define(name, kind, name)
-        self.nodes.append(Node(proto.name, op, tuple(proto.input), tuple(proto.output), attrs))
+        node = Node(proto.name, op, tuple(proto.input), tuple(proto.output), attrs)
+        self.nodes.append(self._explicit_padding(node) if "auto_pad" in attrs else node)
+
+    def _explicit_padding(self, node: Node) -> Node:
+        """Spell auto_pad as pads: with static shapes nobody need work it out again."""
+        if node.op not in ("Conv", "MaxPool", "AveragePool"):
+            return node
+        spatial, out = self.types[node.inputs[0]].shape[2:], self.types[node.output].shape[2:]
+        kernel = node.ints_attr("kernel_shape")
+        if not kernel:
+            kernel = self.types[node.inputs[1]].shape[2:]
+        pads = explicit_pads(node, spatial, out, kernel)
+        attrs = {key: value for key, value in node.attrs.items() if key != "auto_pad"}
+        if node.str_attr("auto_pad").startswith("SAME"):
+            attrs.pop("ceil_mode", None)  # SAME fixes the output's extent by itself
+        return replace(node, attrs={**attrs, "pads": pads})
 
     def _infer(self, proto: Any, op: str) -> dict[str, TensorType | None]:
         outputs = [name for name in proto.output if name]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from mpqc.errors import ModelError
@@ -46,13 +45,15 @@ def read_model(path: str | Path) -> onnx.ModelProto:
         )
     model = onnx.ModelProto()
     try:
-        model.ParseFromString(file.read_bytes())
-    except DecodeError as error:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        model.ParseFromString(content)
+    except Exception as error:  # protobuf's DecodeError, whichever implementation is installed
         raise ModelError(
             f"{file} is not an ONNX model, or is truncated; download or export it again"
         ) from error
-    except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror}") from error
     if not model.HasField("graph") or not model.graph.output or model.ir_version < 1:
         raise ModelError(
             f"{file} is not an ONNX model: no graph with outputs in it; export it again"

@@ -15,6 +15,9 @@ from mpqc.graph import _SHORT, Array, Attribute, Node, TensorType
 
 MAX_INFERENCE_ELEMENTS = 1 << 16  # larger constants are no shapes, axes or counts
 
+# The reference evaluator lacks or mistakes these at older opsets; their meaning is the same.
+_EVALUATED_SINCE = {"BatchNormalization": 15, "QuantizeLinear": 19, "DequantizeLinear": 19}
+
 _DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
@@ -25,6 +28,7 @@ def split_op(op: str) -> tuple[str, str]:
 
 
 def join_op(domain: str, kind: str) -> str:
+    """``Node.op`` of a domain's operator type."""
     return kind if domain in _DEFAULT_DOMAINS else f"{domain}::{kind}"
 
 
@@ -47,6 +51,7 @@ def dtype_name(elem_type: int) -> str | None:
 
 
 def type_proto(kind: TensorType) -> Any:
+    """The type as ONNX spells it."""
     return helper.make_tensor_type_proto(element_type(kind.dtype), kind.shape)
 
 
@@ -167,6 +172,10 @@ def evaluate_proto(proto: Any, operands: Iterable[Array | None], opset: int) -> 
     names = [name for name in proto.input]
     outputs = [name for name in proto.output if name]
     feeds = {name: array for name, array in zip(names, operands, strict=True) if array is not None}
+    if proto.op_type == "GlobalMaxPool":  # the evaluator reduces the wrong axes of 1-D pictures
+        (x,) = feeds.values()
+        return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
+    opset = max(opset, _EVALUATED_SINCE.get(proto.op_type, opset))
     graph = helper.make_graph(
         [proto],
         "one",

@@ -11,7 +11,8 @@ from mpqc.passes.drop_dead import DropDead
 class FoldPad(Pass):
     """Each convolution that reads a constant zero Pad of spatial axes pads by itself.
 
-    ``%p = Pad(%x, [0,0,1,1,0,0,1,1])  %y = Conv(%p, %w)``  =>  ``%y = Conv(%x, %w) {pads=[1,1,1,1]}``
+    ``%p = Pad(%x, [0,0,1,1,0,0,1,1])  %y = Conv(%p, %w)``    =>
+    ``%y = Conv(%x, %w) {pads=[1,1,1,1]}``
 
     A Pad with other readers stays for them; a convolution never gets slower by padding.
     """
