@@ -25,6 +25,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "mpqc/build.py",
         "mpqc/compute.py",
         "mpqc/float_compute.py",
+        "mpqc/kernels.py",
         "mpqc/lowering.py",
         "mpqc/onnx_to_tir.py",
         "mpqc/runtime.py",
