@@ -39,7 +39,7 @@ class ActivationQuantizer:
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def quantize(self, x: Array) -> Array:
         """float32 [...] -> uint8 codes [...]."""
