@@ -47,7 +47,9 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.total += float(x.sum(dtype=np.float64))
         zeros = x.size - int(np.count_nonzero(x))
-        self._grow(int(np.frexp(max(-low, high))[1]))
+        reach = max(-low, high)
+        if reach > 0:
+            self._grow(int(np.frexp(reach)[1]))
         index = np.floor(x * np.float32(BINS * 2.0**-self.exponent)).astype(np.int32) + BINS
         self.counts += np.bincount(index, minlength=2 * BINS)
         self.counts[BINS] -= zeros

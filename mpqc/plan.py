@@ -224,10 +224,11 @@ class Plan(_Section):
             if name not in layers:
                 continue
             layer = layers[name]
-            if len(planned.channel_bits(layer.channels_out)) != layer.channels_out:
+            listed = len(planned.channel_bits(layer.channels_out))
+            if listed != layer.channels_out:
                 problems.append(
-                    f"{name!r} lists {len(planned.channel_bits(0))} weight widths for "
-                    f"{layer.channels_out} output channels"
+                    f"{name!r} lists {listed} weight widths for {layer.channels_out} "
+                    "output channels"
                 )
             other, bits = widths.setdefault(layer.input, (name, planned.activation_bits))
             if bits != planned.activation_bits:

@@ -150,7 +150,9 @@ def why_float(graph: Graph, node: Node) -> str | None:
     if data in graph.constants and weight not in graph.constants:
         return "the constant operand is on the left"
     if weight not in graph.constants:
-        return "both operands are computed: there are no constant weights"
+        producer = graph.producer(weight)
+        origin = f"computed by {producer.op}" if producer else "an input of the model"
+        return f"the weights are {origin}, not constant"
     array = graph.constants[weight]
     if graph.type(data).dtype != "float32" or array.dtype != np.float32:
         return f"computes in {graph.type(data).dtype}, not float32"
