@@ -7,6 +7,7 @@ import hashlib
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,6 +55,8 @@ def read_model(path: str | Path) -> onnx.ModelProto:
         raise ModelError(
             f"{file} is not an ONNX model, or is truncated; download or export it again"
         ) from error
+    if not _is_text(model):
+        raise ModelError(f"{file} holds names that are not text (UTF-8); export it again")
     if not model.HasField("graph") or not model.graph.output or model.ir_version < 1:
         raise ModelError(
             f"{file} is not an ONNX model: no graph with outputs in it; export it again"
@@ -81,6 +84,18 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path) -> Array:
         raise ModelError(
             f"tensor {name} of shape {list(tensor.dims)} is damaged: {error}; export again"
         ) from error
+
+
+def _is_text(message: Any) -> bool:
+    """Protobuf hands out bytes where a string is no UTF-8: nothing else expects them."""
+    for kind, value in message.ListFields():
+        single = not hasattr(value, "extend")
+        values = [value] if single else value
+        if kind.type == kind.TYPE_STRING and any(isinstance(text, bytes) for text in values):
+            return False
+        if kind.type == kind.TYPE_MESSAGE and not all(map(_is_text, values)):
+            return False
+    return True
 
 
 def _model_file(path: Path) -> Path:

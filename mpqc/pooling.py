@@ -109,7 +109,8 @@ def _pool(node: Node, spatial: tuple[int, ...], out: tuple[int, ...]) -> Windows
     for i in range(rank):
         index = np.arange(out[i])[:, None] * strides[i] + np.arange(kernel[i])[None] * dilations[i]
         count = np.multiply.outer(count, counted[i][index].sum(axis=1))
-    return Windows(kernel, strides, dilations, begins, ends, out, count)
+    # a window of padding alone sums to zero, whatever it is divided by
+    return Windows(kernel, strides, dilations, begins, ends, out, np.maximum(count, 1))
 
 
 def explicit_pads(

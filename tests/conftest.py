@@ -1,0 +1,31 @@
+"""What all tests share: the real models and data, where they are."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# a loaded machine is no failure, and a failure must come again
+settings.register_profile("mpqc", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("mpqc")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"real {name} live outside the repository, in {folder}: not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """Folder of trained ONNX models; skips where it is missing."""
+    return _shared("models")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real pictures and labels (.npz); skips where it is missing."""
+    return _shared("data")
