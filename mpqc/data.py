@@ -159,8 +159,11 @@ def _stored(
 ) -> Data:
     inputs = dict(graph.inputs)
     named, labels = _assign(arrays, inputs, source)
-    per_sample = all(kind.shape for kind in inputs.values()) and (
-        len({kind.shape[0] for kind in inputs.values()}) == 1
+    # Rows are samples where the inputs share a batch axis, and whole feeds where they fit as such.
+    per_sample = (
+        all(kind.shape for kind in inputs.values())
+        and len({kind.shape[0] for kind in inputs.values()}) == 1
+        and any(_row_shape(named[name]) != kind.shape for name, kind in inputs.items())
     )
     batch = _batch(graph) if per_sample else 1
     columns = tuple(
@@ -178,6 +181,10 @@ def _stored(
             f"{source}: {labels.shape[0]} labels for {total} samples; give one label a sample"
         )
     return _Stored(columns, inputs, batch, labels)
+
+
+def _row_shape(rows: Any) -> tuple[int, ...] | None:
+    return None if isinstance(rows, tuple) else tuple(rows.shape[1:])
 
 
 def _assign(
