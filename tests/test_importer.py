@@ -521,3 +521,22 @@ def test_a_model_saved_by_onnx_with_external_data(tmp_path: Path) -> None:
     )
     onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data")
     np.testing.assert_array_equal(load(tmp_path / "m.onnx").constants["w"], w)
+
+
+def test_models_beyond_two_gigabytes_are_mapped_not_read(tmp_path: Path) -> None:
+    proto = model(
+        [helper.make_node("Gather", ["w", "x"], ["y"])],
+        [tensor("x", [3], TensorProto.INT64)],
+        opset=9,
+    )
+    weight = proto.graph.initializer.add()
+    weight.name, weight.data_type, weight.data_location = "w", FLOAT, TensorProto.EXTERNAL
+    weight.dims.extend([600_000, 1024])
+    entry = weight.external_data.add()
+    entry.key, entry.value = "location", "w.bin"
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with (tmp_path / "w.bin").open("wb") as stream:
+        stream.truncate(600_000 * 4096)  # a hole: takes no disk
+    graph = load(tmp_path / "m.onnx")
+    assert graph.type("w").nbytes > 2**31
+    assert graph.shape("y") == (3, 1024)
