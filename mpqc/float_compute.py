@@ -270,6 +270,47 @@ def tree_finish(data: Any, axis: int, count: int) -> Any:
     return te.compute(tuple(shape), at, name="tree_mean")
 
 
+def strided(data: Any, first: Sequence[int], stride: Sequence[int], shape: Sequence[int]) -> Any:
+    """Element i of the result is element ``first + i * stride`` of the data, along every axis."""
+
+    def at(*index: Any) -> Any:
+        return data(*(f + i * s for i, f, s in zip(index, first, stride, strict=True)))
+
+    return te.compute(tuple(shape), at, name="slice")
+
+
+def cumulative_sum(data: Any, axis: int, exclusive: bool, reverse: bool) -> Any:
+    """Each element sums its predecessors from the first on: quadratic, but short in practice."""
+    size = int(data.shape[axis])
+    k = te.reduce_axis((0, size), "k")
+    zero = tirx.const(0, data.dtype)
+
+    def at(*index: Any) -> Any:
+        here = index[axis]
+        source: list[Any] = list(index)
+        source[axis] = (size - 1 - k) if reverse else k
+        place = (size - 1 - here) if reverse else here
+        taken = (k < place) if exclusive else (k <= place)
+        return te.sum(tirx.Select(taken, data(*source), zero), axis=k)
+
+    return te.compute(data.shape, at, name="cumsum")
+
+
+def one_hot(data: Any, axis: int, depth: int, off: Any, on: Any, dtype: str) -> Any:
+    """Indices, negative ones from the end, to ``on`` along a new axis of ``depth``."""
+    shape = [int(d) for d in data.shape]
+    shape.insert(axis, depth)
+    wrap = tirx.const(depth, data.dtype)
+
+    def at(*index: Any) -> Any:
+        source = data(*index[:axis], *index[axis + 1 :])
+        wrapped = tirx.Select(source < tirx.const(0, data.dtype), source + wrap, source)
+        hit = tirx.EQ(wrapped.astype(str(index[axis].ty)), index[axis])
+        return tirx.Select(hit, tirx.const(on, dtype), tirx.const(off, dtype))
+
+    return te.compute(tuple(shape), at, name="one_hot")
+
+
 def matmul(
     data: Any, weight: Any, bias: Any | None, outs: int, height: int, rows: int
 ) -> Any:

@@ -10,7 +10,7 @@ the frontend's per-operator converters. Those, and the Relax passes, are interna
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
@@ -23,6 +23,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from mpqc import float_compute as compute
 from mpqc.errors import MpqcError
 from mpqc.float_compute import Window
+from mpqc.float_math import expand_math
 from mpqc.graph import Array, Graph, Node, TensorType
 
 OPAQUE, OUT_FUSABLE, INJECTIVE = 8, 4, 2  # Relax's op_pattern kinds
@@ -184,13 +185,19 @@ class _Builder:
             kind = self.graph.type(value)
             params.append(relax.Var(f"p{index}", relax.TensorType(kind.shape, kind.dtype)))
             self.env[value] = params[-1]
+        refused: MpqcError | None = None
         with self.bb.function("main", params):
             with self.bb.dataflow():
-                for node in nodes:
-                    self._convert(node)
-                results = [self.env[value] for value in boundary.outputs]
+                try:
+                    for node in nodes:
+                        self._convert(node)
+                    results = [self.env[value] for value in boundary.outputs]
+                except MpqcError as error:  # a BlockBuilder left open complains on stderr
+                    refused, results = error, []
                 out = self.bb.emit_output(relax.Tuple(results))
             self.bb.emit_func_output(out)
+        if refused is not None:
+            raise refused
         return self.bb.get(), list(boundary.outputs)
 
     def value(self, name: str) -> Any:
@@ -200,7 +207,9 @@ class _Builder:
         return self.env[name]
 
     def constant(self, array: Array, name: str = "") -> Any:
-        const = relax.const(np.ascontiguousarray(array).reshape(array.shape))
+        # relax.const of a numpy array would narrow int64 and float64
+        contiguous = np.ascontiguousarray(array).reshape(array.shape)
+        const = relax.const(tvm.runtime.tensor(contiguous))
         self.keep.append(const)
         if name:
             self.names[const.value.data_ptr()] = name
@@ -339,6 +348,52 @@ def _split(b: _Builder, node: Node) -> list[Any]:
     return parts
 
 
+def _slice(b: _Builder, node: Node) -> list[Any] | None:
+    """A slice with constant bounds, by numpy's rules for out-of-range and negative ones."""
+    bounds = [b.array(name) if name else None for name in node.inputs[1:5]]
+    if any(name and found is None for name, found in zip(node.inputs[1:5], bounds, strict=True)):
+        return None
+    if len(bounds) < 2 or bounds[0] is None or bounds[1] is None:
+        return None
+    shape = b.graph.shape(node.inputs[0])
+    starts, ends = bounds[0], bounds[1]
+    axes = bounds[2] if len(bounds) > 2 and bounds[2] is not None else np.arange(len(starts))
+    steps = bounds[3] if len(bounds) > 3 and bounds[3] is not None else np.ones(len(starts))
+    first, stride = [0] * len(shape), [1] * len(shape)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        axis = int(axis) % len(shape)
+        first[axis], _, stride[axis] = slice(int(start), int(end), int(step)).indices(shape[axis])
+    return [b.te(
+        compute.strided, b.value(node.inputs[0]), first, stride, b.graph.shape(node.output),
+        pattern=INJECTIVE, primfunc_name_hint="slice",
+    )]  # fmt: skip
+
+
+def _cum_sum(b: _Builder, node: Node) -> list[Any] | None:
+    axis = b.array(node.inputs[1])
+    if axis is None:
+        return None
+    options = {key: bool(node.int_attr(key, 0)) for key in ("exclusive", "reverse")}
+    along = int(axis.reshape(-1)[0]) % len(b.graph.shape(node.inputs[0]))
+    return [b.te(
+        lambda d: compute.cumulative_sum(d, along, **options),
+        b.value(node.inputs[0]), pattern=OPAQUE, primfunc_name_hint="cumsum",
+    )]  # fmt: skip
+
+
+def _one_hot(b: _Builder, node: Node) -> list[Any] | None:
+    values = b.array(node.inputs[2])
+    if values is None:
+        return None
+    shape, kind = b.graph.shape(node.output), b.graph.type(node.output)
+    axis = node.int_attr("axis", -1) % len(shape)
+    off, on = values.reshape(-1).tolist()
+    return [b.te(
+        lambda d: compute.one_hot(d, axis, shape[axis], off, on, kind.dtype),
+        b.value(node.inputs[0]), pattern=INJECTIVE, primfunc_name_hint="one_hot",
+    )]  # fmt: skip
+
+
 def _layout(node: Node) -> str:
     return node.str_attr("layout") or "NC"
 
@@ -381,6 +436,9 @@ def _conv(b: _Builder, node: Node) -> list[Any] | None:
     bias = b.value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
     window = _window(b, node, weight.shape[2:])
     if groups == outs and weight.shape[1] == 1:
+        if layout == "NC":  # vectors lie along the row, where a border would make them diverge
+            data = _padded(b, data, window, 1, layout)
+            window = replace(window, before=(0,) * len(window.kernel))
         taps = b.constant(np.moveaxis(weight[:, 0], 0, -1))
         return [b.te(
             lambda d, w, *c: compute.depthwise(d, w, c[0] if c else None, window, layout),
@@ -452,15 +510,16 @@ def _global_max_pool(b: _Builder, node: Node) -> list[Any] | None:
 
 
 def _reduce_mean(b: _Builder, node: Node) -> list[Any] | None:
-    """The mean over the spatial axes of 4-D data; other axes are the frontend's."""
+    """The mean over all spatial axes of [N, C, ...]; other axes are the frontend's."""
     shape = b.graph.shape(node.inputs[0])
     axes: Any = node.attrs.get("axes")
     if len(node.inputs) > 1 and node.inputs[1]:
         axes = b.array(node.inputs[1])
-    if axes is None or len(shape) != 4:
+    rank = len(shape)
+    if axes is None or rank < 3:
         return None
-    first = 1 if _layout(node) == "NHWC" else 2
-    if sorted(int(a) % 4 for a in np.asarray(axes).reshape(-1)) != [first, first + 1]:
+    spatial = list(range(rank))[1:-1] if _layout(node) == "NHWC" else list(range(rank))[2:]
+    if sorted(int(a) % rank for a in np.asarray(axes).reshape(-1)) != spatial:
         return None
     return [_spatial_mean(b, node)]
 
@@ -542,6 +601,9 @@ OWN: Mapping[str, Callable[[_Builder, Node], list[Any] | None]] = {
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Split": _split,
+    "Slice": _slice,
+    "CumSum": _cum_sum,
+    "OneHot": _one_hot,
     "Conv": _conv,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
@@ -715,7 +777,7 @@ class _Walk:
         for attr in ("global_symbol", "op_pattern"):
             if func.attrs and attr in func.attrs:
                 func = func.without_attr(attr)
-        func = func.with_attr("tirx.noalias", True)
+        func = expand_math(func.with_attr("tirx.noalias", True))
         stem = hint.rstrip("0123456789_")
         name = f"{stem[:48]}_{tvm_ffi.structural_hash(func) & 0xFFFFFFFF:08x}"
         while name in self.kernels and not tvm_ffi.structural_equal(self.kernels[name], func):

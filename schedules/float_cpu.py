@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 import tvm
-from tvm import s_tir, tirx
+from tvm import s_tir
 
 WEIGHTS_IN_CACHE = 256 * 1024  # bytes of packed weights that a row of outputs may stream
 SMALL_WORK = 1 << 14  # innermost iterations below which a parallel loop costs more than it gains
@@ -306,7 +306,7 @@ def _contiguous(s: Any, block: Any) -> bool:
     if not written or not written[-1].min.same_as(axis):
         return False
     return any(
-        region.region and tirx.analysis.expr_deep_equal(region.region[-1].min, axis)
+        region.region and region.region[-1].min.same_as(axis)
         for region in body.reads
         if not region.source.same_as(body.writes[0].source)
     )

@@ -8,10 +8,13 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
+from scipy import special
 
-from mpqc import onnx_to_tir
+from mpqc import onnx_to_tir, pooling
 from mpqc.graph import Graph, Node, TensorType
 from mpqc.importer import load
+from mpqc.numerics import tree_mean
+from mpqc.schedules import float_cpu
 from tests.region_runner import TARGET, run_region
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
@@ -184,3 +187,199 @@ def test_operator_equals_onnx_runtime(name: str, tmp_path: Path) -> None:
     for value, expected in zip(graph.outputs, ort(model.SerializeToString(), feeds), strict=True):
         assert got[value].dtype == expected.dtype
         np.testing.assert_allclose(got[value], expected, rtol=1e-5, atol=1e-5)
+
+
+def model_graph(name: str, dims: dict[str, int]) -> tuple[Graph, bytes]:
+    path = MODELS / f"{name}.onnx"
+    if not path.exists():
+        pytest.skip(f"needs the trained model {path.name}, which is not part of the repository")
+    return load(str(path), dims), path.read_bytes()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [
+        ("mnist_cnn", {}),
+        ("cifar10_resnet8", {}),
+        ("ad01_autoencoder", {}),
+        ("magika_standard_v3_3", {}),
+        ("ppocr_v2_angle_cls", {"x:2": 48, "x:3": 192}),
+        ("ultraface_rfb320", {}),
+    ],
+)
+def test_whole_model_equals_onnx_runtime(name: str, dims: dict[str, int], scheduled: bool) -> None:
+    graph, model = model_graph(name, dims)
+    assert onnx_to_tir.unsupported(list(graph), graph) == []
+    region = onnx_to_tir.convert_region(list(graph), graph, TARGET)
+    feeds = {
+        value: f32(*kind.shape)
+        if kind.dtype == "float32"
+        else RNG.integers(0, 200, kind.shape).astype(kind.dtype)
+        for value, kind in graph.inputs.items()
+    }
+    schedule = (lambda func: float_cpu.apply(func, 256, 2)) if scheduled else (lambda func: func)
+    got = run_region(region, graph, feeds, schedule)
+    for value, expected in zip(graph.outputs, ort(model, feeds), strict=True):
+        scale = float(np.abs(expected).max()) or 1.0
+        np.testing.assert_allclose(got[value] / scale, expected / scale, atol=1e-5)
+
+
+def nchw_to_nhwc(text: str) -> tuple[Graph, Graph]:
+    """The graph of one node, and the same with channels-last data."""
+    plain = Graph.parse(text)
+    node = next(iter(plain))
+    last = {
+        value: TensorType(k.dtype, (k.shape[0], *k.shape[2:], k.shape[1]))
+        for value, k in plain.types.items()
+        if value not in plain.constants
+    }
+    moved = Node(node.name, node.op, node.inputs, node.outputs, {**node.attrs, "layout": "NHWC"})
+    inputs = {value: last[value] for value in plain.inputs}
+    return plain, Graph(inputs, plain.outputs, [moved], plain.constants, last, plain.opset)
+
+
+CHANNELS_LAST = {
+    "conv": "%y = Conv(%x, %w, %b) {kernel_shape=[3,3], pads=[1,1,1,1]} : f32[2,20,13,11]",
+    "conv_stride": "%y = Conv(%x, %w, %b) {kernel_shape=[3,3], strides=[2,2]} : f32[2,20,6,5]",
+    "max_pool": "%y = MaxPool(%x) {kernel_shape=[3,3], pads=[1,1,1,1]} : f32[2,6,13,11]",
+    "average_pool": "%y = AveragePool(%x) {kernel_shape=[3,3], pads=[1,1,1,1]} : f32[2,6,13,11]",
+    "global_average": "%y = GlobalAveragePool(%x) : f32[2,6,1,1]",
+    "global_max": "%y = GlobalMaxPool(%x) : f32[2,6,1,1]",
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS_LAST)
+def test_channels_last_equals_channels_first(name: str) -> None:
+    plain, last = nchw_to_nhwc(
+        "%x = Input() : f32[2,6,13,11]\n%w = Constant() : f32[20,6,3,3]\n%b = Constant() : f32[20]\n"
+        f"{CHANNELS_LAST[name]}\nreturn %y"
+    )
+    x = f32(2, 6, 13, 11)
+    first = onnx_to_tir.convert_region(list(plain), plain, TARGET)
+    moved = onnx_to_tir.convert_region(list(last), last, TARGET)
+    expected = run_region(first, plain, {"x": x})["y"]
+    got = run_region(moved, last, {"x": np.ascontiguousarray(np.moveaxis(x, 1, -1))})["y"]
+    np.testing.assert_array_equal(np.moveaxis(got, -1, 1), expected)
+
+
+@pytest.mark.parametrize("spatial", [(1, 1), (7, 7), (3, 5), (16, 16), (13, 9)])
+def test_global_average_has_the_order_of_the_reference(spatial: tuple[int, int]) -> None:
+    height, width = spatial
+    graph = Graph.parse(
+        f"%x = Input() : f32[2,5,{height},{width}]\n"
+        "%y = GlobalAveragePool(%x) : f32[2,5,1,1]\nreturn %y"
+    )
+    x = f32(2, 5, height, width)
+    region = onnx_to_tir.convert_region(list(graph), graph, TARGET)
+    got = run_region(region, graph, {"x": x}, lambda func: float_cpu.apply(func, 256, 2))["y"]
+    np.testing.assert_array_equal(got[..., 0, 0], tree_mean(x.reshape(2, 5, -1)))
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("average_pool")])
+def test_average_pool_has_the_order_of_the_reference(name: str, tmp_path: Path) -> None:
+    model, feeds = single_node(CASES[name])
+    onnx.save(model, tmp_path / "model.onnx")
+    graph = load(str(tmp_path / "model.onnx"))
+    node = next(iter(graph))
+    found = pooling.windows(graph, node)
+    assert found is not None
+    expected = pooling.mean(feeds["x0"], found, graph.shape(node.output))
+    region = onnx_to_tir.convert_region(list(graph), graph, TARGET)
+    got = run_region(region, graph, feeds, lambda func: float_cpu.apply(func, 256, 2))
+    np.testing.assert_array_equal(got[node.output], expected)
+
+
+def test_boundary_values_keep_their_names_and_reshapes_cost_nothing() -> None:
+    graph = Graph.parse("""
+        %x = Input() : f32[2,6]
+        %shape = Constant() {value=[3, 4]} : i64[2]
+        %w = Constant() : f32[3,4]
+        %q = Relu(%x) : f32[2,6]
+        %r = Reshape(%q, %shape) : f32[3,4]
+        %s = Mul(%r, %w) : f32[3,4]
+        %same = Identity(%s) : f32[3,4]
+        %flat = Reshape(%x, %shape) : f32[3,4]
+        return %s, %same, %flat
+    """)
+    region = onnx_to_tir.convert_region(list(graph), graph, TARGET)
+    assert region.inputs == ("w", "x")
+    assert set(region.outputs) == {"s", "same", "flat"}
+    assert region.aliases == {"same": "s", "flat": "x"}
+    assert region.calls[0].inputs == ("x",)
+    assert region.calls[-1].outputs == ("s",)
+    assert region.calls[-1].inputs[1] == "w"
+    assert len(region.calls) == 2
+    assert region.constants == {}
+
+
+def test_elementwise_chains_fuse_and_equal_kernels_are_shared() -> None:
+    graph = Graph.parse("""
+        %x = Input() : f32[4,8]
+        %w = Constant() : f32[8,8]
+        %a = MatMul(%x, %w) : f32[4,8]
+        %b = Relu(%a) : f32[4,8]
+        %c = MatMul(%b, %w) : f32[4,8]
+        %y = Relu(%c) : f32[4,8]
+        return %y
+    """)
+    region = onnx_to_tir.convert_region(list(graph), graph, TARGET)
+    assert len(region.calls) == 2
+    assert len(region.kernels) == 1
+    assert all(not f.attrs or "global_symbol" not in f.attrs for f in region.kernels.values())
+
+
+def test_values_used_outside_the_region_are_outputs() -> None:
+    graph = Graph.parse("""
+        %x = Input() : f32[4]
+        %a = Relu(%x) : f32[4]
+        %b = Exp(%a) : f32[4]
+        %c = Add(%a, %b) : f32[4]
+        return %c
+    """)
+    region = onnx_to_tir.convert_region([graph["a"], graph["b"]], graph, TARGET)
+    assert set(region.outputs) == {"a", "b"}
+    assert region.inputs == ("x",)
+
+
+def test_what_cannot_be_converted_is_listed_at_once_with_names() -> None:
+    graph = Graph.parse("""
+        %x = Input() : f32[4,9]
+        %k = Constant() {value=[3]} : i64[1]
+        %v, %i = TopK(%x, %k) : f32[4,3], i64[4,3] @top
+        %s = my.domain::Swish(%v) : f32[4,3] @swish
+        %a = ArgMax(%v) {axis=0, keepdims=0, select_last_index=0} : i64[3] @arg
+        return %s, %i, %a
+    """)
+    refused = onnx_to_tir.unsupported(list(graph), graph)
+    assert [node.name for node, _ in refused] == ["top", "swish"]
+    assert "runtime" in refused[0][1]
+    assert "my.domain::Swish" in refused[1][1]
+    with pytest.raises(onnx_to_tir.PackedCallNeeded, match="top"):
+        onnx_to_tir.convert_region([graph["top"]], graph, TARGET)
+    assert onnx_to_tir.supported("Conv")
+    assert not onnx_to_tir.supported("Conv", "com.example")
+
+
+def test_a_conversion_that_disagrees_with_the_graph_names_the_node() -> None:
+    graph = Graph.parse("""
+        %x = Input() : f32[4,9]
+        %y = Transpose(%x) {perm=[1, 0]} : f32[9,5] @turn
+        return %y
+    """)
+    with pytest.raises(onnx_to_tir.RegionError, match="turn"):
+        onnx_to_tir.convert_region(list(graph), graph, TARGET)
+
+
+@pytest.mark.parametrize("name", ["exp", "tanh", "sigmoid", "erf"])
+def test_polynomials_are_as_exact_as_float32_allows(name: str) -> None:
+    exact = {"exp": np.exp, "tanh": np.tanh, "sigmoid": special.expit, "erf": special.erf}[name]
+    x = np.concatenate([np.linspace(-90, 88, 20_001), np.linspace(-5, 5, 20_001)])
+    x = np.append(x, [0.0, 1e-30, np.inf, -np.inf, np.nan]).astype(np.float32)
+    op = name.capitalize()
+    graph = Graph.parse(f"%x = Input() : f32[{x.size}]\n%y = {op}(%x) : f32[{x.size}]\nreturn %y")
+    region = onnx_to_tir.convert_region(list(graph), graph, TARGET)
+    got = run_region(region, graph, {"x": x})["y"]
+    with np.errstate(over="ignore"):
+        expected = exact(x.astype(np.float64)).astype(np.float32)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-37)
