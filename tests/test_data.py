@@ -58,6 +58,7 @@ def test_a_sample_is_drawn_by_seed_and_keeps_its_labels(save: Callable[..., Path
     assert data.labels is not None
     np.testing.assert_array_equal(got, x[data.labels])
     other = open_data(source, ONE, max_samples=6, seed=4)
+    assert other.labels is not None
     assert not np.array_equal(data.labels, other.labels)
     assert len(data.sample(2, 0)) == 2
 

@@ -56,13 +56,13 @@ def squared_error(x: Array, rule: ActivationQuantizer) -> float:
 @pytest.mark.parametrize("kind", ["relu", "normal", "skewed", "negative"])
 def test_mse_is_near_the_optimum_and_no_worse_than_minmax(bits: int, kind: str) -> None:
     x = np.random.default_rng(bits).standard_normal(20_000).astype(np.float32)
-    shape = {
-        "relu": lambda: np.maximum(x, 0),
-        "normal": lambda: x,
-        "skewed": lambda: np.exp(x) - 1,
-        "negative": lambda: -np.abs(x),
+    shaped = {
+        "relu": np.maximum(x, 0),
+        "normal": x,
+        "skewed": np.exp(x) - 1,
+        "negative": -np.abs(x),
     }
-    x = shape[kind]()
+    x = shaped[kind]
     made = histogram(x)
     found = squared_error(x, made.quantizer(bits, "mse"))
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
@@ -107,7 +107,9 @@ def test_a_constant_has_a_rule(method: Method, value: float) -> None:
     rule = histogram(np.full(10, value, np.float32)).quantizer(3, method)
     assert np.isfinite(rule.scale)
     if abs(value) == 5:
-        assert rule.dequantize(rule.quantize(np.float32([value])))[0] == pytest.approx(value)
+        assert rule.dequantize(rule.quantize(np.array([value], np.float32)))[0] == pytest.approx(
+            value
+        )
 
 
 def test_nothing_seen_is_a_rule_too() -> None:

@@ -137,7 +137,9 @@ def test_codes_move_only_at_ties(data: st.DataObject) -> None:
 
 def test_tiny_factors_become_zero_and_huge_ones_stay_apart() -> None:
     tail = "\n%q = Quantize(%y) {bits=4, scale=0.0009765625, zero_point=5} : u8[1,2,3]\nreturn %q"
-    tiny = Graph.parse(HEAD + tail).with_(constants={"m": np.float32([1e-35, 1])})
-    np.testing.assert_array_equal(FuseRequantize()(tiny).constants["q.m"], np.float32([0, 1024]))
-    huge = Graph.parse(HEAD + tail).with_(constants={"b": np.float32([3e38, 1])})
+    tiny = Graph.parse(HEAD + tail).with_(constants={"m": np.array([1e-35, 1], np.float32)})
+    np.testing.assert_array_equal(
+        FuseRequantize()(tiny).constants["q.m"], np.array([0, 1024], np.float32)
+    )
+    huge = Graph.parse(HEAD + tail).with_(constants={"b": np.array([3e38, 1], np.float32)})
     assert str(FuseRequantize()(huge)) == str(huge)

@@ -47,7 +47,9 @@ def draw(*shape: int) -> Array:
 
 
 def test_writes_codes_integers_and_an_affine() -> None:
-    after = QuantizeLayers(plan(first=(4, 3)), calibration(x=np.float32([0, 7])), "minmax")(CONV)
+    after = QuantizeLayers(
+        plan(first=(4, 3)), calibration(x=np.array([0, 7], np.float32)), "minmax"
+    )(CONV)
     lines = str(after).splitlines()
     assert "%x.q3 = Quantize(%x) {bits=3, scale=1.0, zero_point=0} : u8[1,2,5,5]" in lines
     assert (
@@ -156,7 +158,7 @@ def test_refuses_sums_beyond_int32() -> None:
         """,
         {"w": np.full((taps, 1), -1, np.float32)},
     )
-    known = calibration(x=np.float32([0, 1]))
+    known = calibration(x=np.array([0, 1], np.float32))
     with pytest.raises(PlanError, match="beyond int32"):
         QuantizeLayers(plan(y=(8, 8)), known)(graph)
     assert "y.acc" in QuantizeLayers(plan(y=(4, 8)), known)(graph).types
