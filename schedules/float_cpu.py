@@ -41,19 +41,30 @@ def apply(func: Any, vector_bits: int, cores: int) -> Any:
         vector_bits: width of a vector register.
         cores: 1 leaves every loop serial.
     """
-    facts = Facts(vector_bits, cores)
-    attrs = func.attrs
+    schedule, _ = _climb(func, Facts(vector_bits, cores))
+    result = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    if func.attrs and "global_symbol" in func.attrs:
+        return result.with_attr("global_symbol", func.attrs["global_symbol"])
+    return result.without_attr("global_symbol")
+
+
+def rule_for(func: Any, vector_bits: int, cores: int) -> str:
+    """Name of the rule that ``apply`` would use."""
+    return _climb(func, Facts(vector_bits, cores))[1]
+
+
+def _climb(func: Any, facts: Facts) -> tuple[Any, str]:
+    """The first rule that takes the function, with the finished schedule."""
     for rule in RULES:
-        schedule = s_tir.Schedule(tvm.IRModule({"main": func}), debug_mask="none", error_render_level="none")
+        schedule = s_tir.Schedule(
+            tvm.IRModule({"main": func}), debug_mask="none", error_render_level="none"
+        )
         try:
             done = rule(schedule, facts)
         except s_tir.ScheduleError:
             continue
         if done is not None:
-            result = done.mod["main"].with_attr("tirx.is_scheduled", True)
-            if attrs and "global_symbol" in attrs:
-                return result.with_attr("global_symbol", attrs["global_symbol"])
-            return result.without_attr("global_symbol") if _has_symbol(result) else result
+            return done, rule.__name__
     raise AssertionError("the fallback rule refuses nothing")
 
 
@@ -63,12 +74,9 @@ def register_tile(s: Any, facts: Facts) -> Any:
     The block's loops are n.., ob, place.., rows, oi | taps.., rc; what follows it is computed
     on the finished tile.
     """
-    blocks = _blocks(s)
-    names = [s.get(block).name_hint for block in blocks]
-    kind = next((name for name in names if name in ("conv", "matmul")), None)
-    if kind is None:
+    block = next((x for x in _blocks(s) if "mpqc.rows" in s.get(x).annotations), None)
+    if block is None:
         return None
-    block = blocks[names.index(kind)]
     rows = int(s.get(block).annotations["mpqc.rows"])
     last = _inline_after(s, block)
     _inline_before(s, block)
@@ -78,7 +86,7 @@ def register_tile(s: Any, facts: Facts) -> Any:
     spatial = [x for x, k in zip(loops, kinds, strict=True) if k == 0]
     reduced = [x for x, k in zip(loops, kinds, strict=True) if k != 0]
     lead, (row, lane) = spatial[:-2], spatial[-2:]
-    where = 1 if kind == "conv" else 0
+    where = 1 if s.get(block).name_hint == "conv" else 0
     ob, place = lead[where], [*lead[:where], *lead[where + 1 :]]
 
     b = _extent(s, lane)
@@ -367,6 +375,3 @@ def _parallel(s: Any, loops: list[Any], work: int, facts: Facts) -> None:
     if pieces > 1:
         s.parallel(s.fuse(*taken) if len(taken) > 1 else taken[0])
 
-
-def _has_symbol(func: Any) -> bool:
-    return bool(func.attrs) and "global_symbol" in func.attrs
