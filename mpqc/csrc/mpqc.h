@@ -1,0 +1,75 @@
+/* C interface of a model that mpqc compiled. One library holds one model.
+ *
+ * Link with the library (or dlopen it); nothing else is needed at run time. An instance serves one
+ * caller at a time; make several for several threads, they share the weights. */
+#ifndef MPQC_H
+#define MPQC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MPQC_ABI_VERSION 1
+#define MPQC_API __attribute__((visibility("default")))
+
+enum mpqc_status {
+  MPQC_OK = 0,
+  MPQC_INVALID_ARGUMENT = 1, /* null pointer, index or thread count out of range */
+  MPQC_OUT_OF_MEMORY = 2,
+  MPQC_BUSY = 3, /* the instance is running in another thread */
+  MPQC_KERNEL_FAILED = 4,
+  MPQC_WRONG_SIZE = 5, /* a buffer has not the size that mpqc_describe states */
+  MPQC_WRONG_MACHINE = 6 /* this CPU lacks an instruction set that the library uses */
+};
+
+typedef struct mpqc_model mpqc_model;
+
+typedef struct {
+  const char* name;
+  const char* dtype; /* numpy's name: "float32", "uint8", ... */
+  int32_t rank;
+  const int64_t* shape;
+  size_t bytes;
+} mpqc_tensor;
+
+/* MPQC_ABI_VERSION that the library was built with. */
+MPQC_API int mpqc_abi_version(void);
+/* What a status means, in words. */
+MPQC_API const char* mpqc_message(int status);
+/* The manifest as JSON text: layers, kernels, versions. Not zero-terminated: `bytes` says its length. */
+MPQC_API const char* mpqc_manifest(size_t* bytes);
+
+MPQC_API int mpqc_input_count(void);
+MPQC_API int mpqc_output_count(void);
+/* Describe input or output `index`; returns MPQC_INVALID_ARGUMENT when there is none. */
+MPQC_API int mpqc_describe_input(int index, mpqc_tensor* result);
+MPQC_API int mpqc_describe_output(int index, mpqc_tensor* result);
+
+/* Bytes of scratch memory that one instance of `threads` threads uses. */
+MPQC_API size_t mpqc_scratch_bytes(int threads);
+/* Make an instance that runs on `threads` threads (the caller's included, at most 64). */
+MPQC_API int mpqc_create(int threads, mpqc_model** result);
+/* The same in memory of the caller's: `scratch` holds mpqc_scratch_bytes(threads) bytes, aligned to
+ * 64, and outlives the instance. */
+MPQC_API int mpqc_create_in(int threads, void* scratch, size_t bytes, mpqc_model** result);
+MPQC_API void mpqc_destroy(mpqc_model* model);
+
+/* Run once. Buffers are row-major, in the order of the describe calls; `sizes` may be null, else
+ * every entry is checked against the model. */
+MPQC_API int mpqc_run(mpqc_model* model, const void* const* inputs, const size_t* input_sizes,
+                      void* const* outputs, const size_t* output_sizes);
+
+/* For profiles and verification: run single steps. Bind the buffers first; steps go in order. */
+MPQC_API int mpqc_step_count(void);
+MPQC_API int mpqc_bind(mpqc_model* model, const void* const* inputs, void* const* outputs);
+MPQC_API int mpqc_step(mpqc_model* model, int index);
+/* Copy `bytes` of the arena from `offset`: intermediate values, where the manifest says. */
+MPQC_API int mpqc_read(mpqc_model* model, size_t offset, void* result, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

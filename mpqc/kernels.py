@@ -1,0 +1,399 @@
+"""Kernels of the quantized layers: tensor expression + epilogue + schedule -> PrimFunc.
+
+A kernel is built for one layer's geometry; equal kernels are shared by the caller. All buffers
+that hold images are flat, so that a 1x1 layer may cut its pixels into rows as it likes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from tvm import te
+from tvm.s_tir import Schedule
+
+from mpqc import compute
+from mpqc.compute import Window
+from mpqc.graph import TensorType
+from mpqc.schedules import conv_cpu, simple_cpu
+from mpqc.schedules.conv_cpu import Tile
+from mpqc.schedules.dot_intrinsics import DOTS
+from mpqc.target import Target
+
+Expr = Any
+Shape = tuple[int, int, int, int]
+# An epilogue maps (accumulator or None, channel-aware operand reader, index) to an expression.
+Reader = Callable[[str], Expr]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result of a kernel.
+
+    Attributes:
+        name: unique in the kernel; later outputs may read it.
+        cell: reader -> expression of one element; the reader resolves ``"acc"``, operands and
+            earlier outputs at the element's index.
+        bits: planes of a code; 0 for floats.
+        keep: the plain array is a result.
+        planes: its packed planes are a result (needs a multiple of 8 channels).
+    """
+
+    name: str
+    cell: Callable[[Reader], Expr]
+    bits: int = 0
+    keep: bool = True
+    planes: bool = False
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that the epilogue reads.
+
+    Attributes:
+        name: as the output cells ask for it.
+        per_channel: a vector over the channels, else an image like the output.
+        dtype: numpy name.
+    """
+
+    name: str
+    per_channel: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A scheduled PrimFunc and the types of its arguments: inputs, then outputs."""
+
+    func: Any
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+    variant: str = ""
+
+
+def _image(name: str, shape: Shape, dtype: str) -> tuple[Any, Any]:
+    """A flat placeholder and a reader of it by [n, y, x, c]."""
+    n, h, w, c = shape
+    flat = te.placeholder((n * h * w * c,), dtype, name)
+    return flat, lambda b, y, x, k: flat[((b * h + y) * w + x) * c + k]
+
+
+def _cell(output: Output, readers: dict[str, Callable[..., Expr]]) -> Callable[..., Expr]:
+    return lambda b, y, x, c: output.cell(lambda name: readers[name](b, y, x, c))
+
+
+def _stages(
+    shape: Shape,
+    accumulator: Callable[..., Expr] | None,
+    operands: Sequence[Operand],
+    outputs: Sequence[Output],
+) -> tuple[list[Any], list[Any], list[str]]:
+    """Placeholders, result tensors and the stage names of an epilogue, in dataflow order."""
+    holders: list[Any] = []
+    readers: dict[str, Callable[..., Expr]] = {}
+    for index, operand in enumerate(operands):
+        if operand.per_channel:
+            holder = te.placeholder((shape[3],), operand.dtype, f"operand{index}")
+            readers[operand.name] = lambda b, y, x, c, t=holder: t[c]
+        else:
+            holder, readers[operand.name] = _image(f"operand{index}", shape, operand.dtype)
+        holders.append(holder)
+    if accumulator is not None:
+        readers["acc"] = accumulator
+
+    results, names = [], []
+    for index, output in enumerate(outputs):
+        names.append(f"{'codes' if output.bits else 'plain'}{index}")
+        stage = te.compute(shape, _cell(output, readers), name=names[-1])
+        readers[output.name] = lambda b, y, x, c, t=stage: t[b, y, x, c]
+        if output.keep:
+            results.append(stage)
+        if output.planes:
+            names.append(f"planes{index}")
+            results.append(compute.pack_planes(stage, output.bits, names[-1]))
+    return holders, results, names
+
+
+def _kernel(
+    args: Sequence[Any], results: Sequence[Any], schedule: Callable[[Schedule], None], variant: str
+) -> Kernel:
+    func = te.create_prim_func([*args, *results], index_dtype_override="int64")
+    sch = Schedule(func, seed=1)
+    schedule(sch)
+    return Kernel(
+        sch.mod["main"],
+        tuple(TensorType(str(t.dtype), tuple(int(e) for e in t.shape)) for t in args),
+        tuple(TensorType(str(t.dtype), tuple(int(e) for e in t.shape)) for t in results),
+        variant,
+    )
+
+
+# ---------------------------------------------------------------------------- convolution kernels
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Integer layer as the kernels see it.
+
+    Attributes:
+        window: geometry; the image is padded already.
+        image: (n, h, w, c) of the padded input codes.
+        out_channels, groups: as in ONNX.
+        weight_bits, activation_bits: planes.
+        odd: weight levels are 2v - (2**b - 1) instead of two's complement.
+        zero_point: whether activation codes have a non-zero zero point.
+    """
+
+    window: Window
+    image: Shape
+    out_channels: int
+    groups: int
+    weight_bits: int
+    activation_bits: int
+    odd: bool
+    zero_point: bool
+
+    @property
+    def group_in(self) -> int:
+        return self.image[3] // self.groups
+
+    @property
+    def group_out(self) -> int:
+        return self.out_channels // self.groups
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one pixel, plane and group."""
+        return -(-self.group_in // 8)
+
+    @property
+    def reduction(self) -> int:
+        """K: products per output."""
+        return self.window.kh * self.window.kw * self.group_in
+
+    @property
+    def taps(self) -> int:
+        """Separate runs of a window row: one when its pixels are adjacent in memory."""
+        return 1 if self.window.dx == 1 and self.groups == 1 else self.window.kw
+
+    @property
+    def run_pixels(self) -> int:
+        return self.window.kw // self.taps
+
+    @property
+    def out_shape(self) -> Shape:
+        return (self.window.n, self.window.oh, self.window.ow, self.out_channels)
+
+
+def largest_divisor(extent: int, most: int) -> int:
+    return max(d for d in range(1, max(1, min(extent, most)) + 1) if extent % d == 0)
+
+
+def flatten_pixels(layer: Layer, most: int) -> Layer:
+    """View the pixels of a 1x1, stride 1 layer as rows of a convenient length."""
+    w = layer.window
+    if (w.kh, w.kw, w.sy, w.sx) != (1, 1, 1, 1):
+        return layer
+    pixels = w.n * w.oh * w.ow
+    row = largest_divisor(pixels, most)
+    window = Window(1, pixels // row, row, 1, 1, 1, 1, 1, 1)
+    return replace(layer, window=window, image=(1, pixels // row, row, layer.image[3]))
+
+
+def bitplane_tile(layer: Layer, target: Target) -> Tile:
+    """Default tile: uint8 accumulators fill about half the registers."""
+    most = target.vector_bits // 8
+    budget = 8 if target.vector_bits == 512 or target.arch == "aarch64" else 6
+    out = layer.group_out
+    if layer.groups > 1:
+        return Tile(largest_divisor(layer.window.ow, budget), 1, largest_divisor(out, most))
+    lanes = most
+    while lanes > 16 and _round_up(out, lanes // 2) < _round_up(out, lanes):
+        lanes //= 2  # fewer wasted channels are worth narrower vectors
+    pixels = largest_divisor(layer.window.ow, budget)
+    vectors = 1
+    while pixels * vectors * 2 <= budget and out > lanes * vectors:
+        vectors *= 2
+    return Tile(pixels, vectors, lanes)
+
+
+def dot_tile(layer: Layer, target: Target, lanes: int) -> Tile:
+    """Default tile: int32 accumulators fill most registers."""
+    registers = 28 if target.vector_bits == 512 or target.arch == "aarch64" else 12
+    blocks = -(-layer.out_channels // lanes)
+    pixels = largest_divisor(layer.window.ow, 7 if registers == 28 else 6)
+    most = min(4, registers // pixels, blocks)
+    vectors = min(range(1, most + 1), key=lambda v: (_round_up(blocks, v) - 0.2 * v, -v))
+    return Tile(pixels, vectors, lanes)
+
+
+def grouped_tile(layer: Layer, target: Target) -> Tile:
+    lanes = target.vector_bits // 32
+    block = largest_divisor(layer.out_channels, 4 * lanes)
+    if layer.group_in == layer.group_out == 1:
+        vector = lanes if block % lanes == 0 else block
+        return Tile(largest_divisor(layer.window.ow, 4), block // vector, vector)
+    inside = largest_divisor(layer.group_out, 2 * lanes)
+    return Tile(largest_divisor(layer.window.ow, 7), 1, inside)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _exact(
+    layer: Layer, acc: Any, block: int, correction: Any = None, sums: Any = None
+) -> Callable[..., Expr]:
+    """Reader of the exact integer result: D, or 2 D - N S, plus the zero point's constant."""
+    top = 2**layer.weight_bits - 1
+
+    def read(n: Expr, y: Expr, x: Expr, c: Expr) -> Expr:
+        value = acc[n, y, x, c // block, c % block]
+        if sums is not None:
+            value = value * 2 - sums[n, y, x, c // layer.group_out] * top
+        return value if correction is None else value + correction[c]
+
+    return read
+
+
+def _correction(layer: Layer) -> list[Any]:
+    """Placeholder of ``-z * sum_k w``, the zero point's share of each output channel."""
+    if not layer.zero_point:
+        return []
+    return [te.placeholder((layer.out_channels,), "int32", "correction")]
+
+
+def bitplane_kernel(
+    layer: Layer, operands: Sequence[Operand], outputs: Sequence[Output], tile: Tile
+) -> Kernel:
+    """Arguments: planes, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs."""
+    window, groups = layer.window, layer.groups
+    n, h, w, _ = layer.image
+    image = (layer.activation_bits, n, h, w, layer.group_bytes * groups)
+    run = layer.run_pixels * layer.group_bytes
+    blocks = -(-layer.group_out // tile.block) * groups
+    planes = te.placeholder((prod(image),), "uint8", "planes")
+    weight = te.placeholder(
+        (blocks, layer.weight_bits, window.kh, layer.taps, run, tile.block), "uint8", "weight"
+    )
+    acc = compute.bitplane_conv(
+        planes, weight, window, image, layer.group_bytes, blocks // groups,
+        negative_top=not layer.odd,
+        chunk=largest_divisor(run, 31),
+        pair_dtype="uint16" if window.kh * layer.taps * run * 8 < 2**16 else "uint32",
+    )  # fmt: skip
+    sums = []
+    if layer.odd:
+        sums = [te.placeholder((window.n, window.oh, window.ow, groups), "int32", "sums")]
+    correction = _correction(layer)
+    read = _exact(layer, acc, tile.block, *correction or [None], *sums)
+    holders, results, names = _stages(layer.out_shape, read, operands, outputs)
+    return _kernel(
+        [planes, weight, *correction, *sums, *holders],
+        results,
+        lambda sch: conv_cpu.bitplane_conv(sch, tile, layer.out_channels, names),
+        "and-popcount",
+    )
+
+
+def window_sum_kernel(layer: Layer) -> Kernel:
+    """Arguments: planes; int32 [N, OH, OW, groups], what odd weight levels need beside D."""
+    n, h, w, _ = layer.image
+    image = (layer.activation_bits, n, h, w, layer.group_bytes * layer.groups)
+    planes = te.placeholder((prod(image),), "uint8", "planes")
+    sums = compute.window_sum(planes, layer.window, image, layer.groups)
+    return _kernel([planes], [sums], simple_cpu.window_sum, "window sum")
+
+
+def dot_kernel(
+    layer: Layer,
+    operands: Sequence[Operand],
+    outputs: Sequence[Output],
+    tile: Tile,
+    instruction: str,
+) -> Kernel:
+    """Arguments: codes, weight [O/B, KH, taps, run/t, B, t], [correction], operands; outputs."""
+    dot = DOTS[instruction]
+    run = -(-layer.run_pixels * layer.image[3] // dot.group)
+    codes = te.placeholder((prod(layer.image),), dot.data, "codes")
+    weight = te.placeholder(
+        (-(-layer.out_channels // tile.block), layer.window.kh, layer.taps, run, tile.block, dot.group),
+        dot.weight,
+        "weight",
+    )
+    acc = compute.dot_conv(codes, weight, layer.window, layer.image)
+    correction = _correction(layer)
+    read = _exact(layer, acc, tile.block, *correction or [None])
+    holders, results, names = _stages(layer.out_shape, read, operands, outputs)
+    return _kernel(
+        [codes, weight, *correction, *holders],
+        results,
+        lambda sch: conv_cpu.dot_conv(sch, tile, layer.out_channels, names, instruction=instruction),
+        instruction,
+    )
+
+
+def grouped_kernel(
+    layer: Layer, operands: Sequence[Operand], outputs: Sequence[Output], tile: Tile
+) -> Kernel:
+    """Arguments: codes, weight [KH, KW, C/G, O/B, B], [correction], operands; outputs."""
+    window = layer.window
+    codes = te.placeholder((prod(layer.image),), "uint8", "codes")
+    shape = (window.kh, window.kw, layer.group_in, layer.out_channels // tile.block, tile.block)
+    weight = te.placeholder(shape, "int16", "weight")
+    acc = compute.grouped_conv(codes, weight, window, layer.image, layer.group_out)
+    correction = _correction(layer)
+    read = _exact(layer, acc, tile.block, *correction or [None])
+    holders, results, names = _stages(layer.out_shape, read, operands, outputs)
+    return _kernel(
+        [codes, weight, *correction, *holders],
+        results,
+        lambda sch: conv_cpu.grouped_conv(sch, tile, layer.out_channels, names),
+        "multiply-add",
+    )
+
+
+# ---------------------------------------------------------------------------- simple kernels
+
+
+def elementwise_kernel(
+    shape: Shape, operands: Sequence[Operand], outputs: Sequence[Output]
+) -> Kernel:
+    """Arguments: operands; outputs. Without vectors and planes the shape is only a view."""
+    flat = not any(operand.per_channel for operand in operands)
+    if flat and not any(output.planes for output in outputs):
+        total = prod(shape)
+        lanes = largest_divisor(total, 64)
+        rows = largest_divisor(total // lanes, 4096)
+        shape = (1, total // lanes // rows, rows, lanes)
+    holders, results, names = _stages(shape, None, operands, outputs)
+    return _kernel(holders, results, lambda sch: simple_cpu.elementwise(sch, names), "elementwise")
+
+
+def pack_kernel(pixels: int, channels: int, groups: int, bits: int) -> Kernel:
+    """Codes [pixels, channels] -> planes [bits, pixels, groups * ceil(channels/groups/8)]."""
+    codes = te.placeholder((pixels, channels), "uint8", "codes")
+    planes = compute.pack_groups(codes, groups, bits)
+    return _kernel([codes], [planes], simple_cpu.pack, "pack")
+
+
+def pad_kernel(
+    images: int,
+    size: tuple[int, int, int],
+    pads: tuple[int, int, int, int],
+    fill: Sequence[int],
+    dtypes: tuple[str, str],
+    last_mask: int = 255,
+) -> Kernel:
+    """Copy images [images, h, w, c] into a border of constants, converting the element type.
+
+    Args:
+        images: batch, times planes (plane-major) for planes.
+        size: (h, w, c) of the source.
+        pads: top, left, bottom, right.
+        fill: border value; one, or one a plane.
+        dtypes: of source and result.
+        last_mask: ANDed into the fill of the last byte of a pixel (unused bits stay zero).
+    """
+    func, kinds = simple_cpu.pad(images, size, pads, tuple(fill), dtypes, last_mask)
+    return Kernel(func, (kinds[0],), (kinds[1],), "pad")

@@ -1,0 +1,575 @@
+"""Lower a quantized, channels-last graph to a program: kernels, prepacked weights, steps.
+
+Three kinds of groups, each one or more kernel calls:
+
+* a *layer*: IntConv or IntMatMul with every elementwise node behind it that can run at the tile
+  (requantize, activation, residual add, the next quantizer): one kernel;
+* *elementwise*: quantizers and their neighbours that no layer took;
+* a *region*: runs of float operators, which go through TVM's converters.
+
+Values of codes exist in the forms that their readers ask for: bytes, or packed bitplanes; what
+copies (padding, packing) is a step of its own and visible in the profile.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import tvm_ffi
+
+from mpqc import compute, kernels
+from mpqc.compute import Window
+from mpqc.errors import PassError
+from mpqc.graph import Array, Graph, Node, Precision, TensorType
+from mpqc.kernels import Kernel, Layer, Operand, Output, Reader, Shape
+from mpqc.numerics import weight_codes
+from mpqc.onnx_to_tir import convert_region
+from mpqc.packing import bitplane_weights, dot_weights, grouped_weights
+from mpqc.passes.channels_last import SUFFIX, first
+from mpqc.passes.fuse_requantize import clip_bounds
+from mpqc.program import LayerRecord, Program, Step, Tap
+from mpqc.schedules import float_cpu
+from mpqc.schedules.dot_intrinsics import DOTS
+from mpqc.select_kernel import Choice, Selector
+from mpqc.target import Target, llvm_target
+
+LAYERS = frozenset({"IntConv", "IntMatMul"})
+# Elementwise operators whose float32 result does not depend on who computes it.
+EXACT = frozenset({
+    "Affine", "Requantize", "Quantize", "Dequantize",
+    "Relu", "Clip", "LeakyRelu", "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Identity",
+})  # fmt: skip
+MOST_FUSED = 12  # nodes of an epilogue: each stage repeats what it does not read back
+
+
+@dataclass
+class Group:
+    """Nodes that become one kernel (or, for a region, a few)."""
+
+    kind: str  # "layer", "elementwise" or "region"
+    nodes: list[Node] = field(default_factory=list)
+
+
+def lower(graph: Graph, target: Target, selector: Selector) -> Program:
+    """Lower a graph after ``ChannelsLast``.
+
+    Args:
+        graph: quantized operators and ONNX float operators.
+        target: machine to build for.
+        selector: chooses the kernel of each layer.
+
+    Returns:
+        The program, its kernels scheduled.
+
+    Raises:
+        RegionError: a float operator cannot be converted.
+    """
+    return _Lowering(graph, target, selector).run()
+
+
+# ------------------------------------------------------------------------------------- grouping
+
+
+def form_groups(graph: Graph) -> list[Group]:
+    """Assign every node to a group and order the groups so that each reads only earlier ones."""
+    owner: dict[str, int] = {}
+    groups: list[Group] = []
+    dag = nx.DiGraph()
+    dag.add_nodes_from(node.name for node in graph)
+    for node in graph:
+        for value in filter(None, node.inputs):
+            producer = graph.producer(value)
+            if producer is not None:
+                dag.add_edge(producer.name, node.name)
+
+    def grow(root: Node, kind: str) -> None:
+        group = Group(kind, [root])
+        owner[root.name] = len(groups)
+        groups.append(group)
+        shape = graph.shape(root.output)
+        inside = {root.name}
+        frontier = [root]
+        while frontier:
+            for node in graph.consumers(frontier.pop(0).output):
+                if node.name in owner or not _fusible(graph, node, shape, kind):
+                    continue
+                if len(inside) >= MOST_FUSED or _cycles(dag, inside, node.name):
+                    continue
+                owner[node.name] = owner[root.name]
+                inside.add(node.name)
+                nx.contracted_nodes(dag, root.name, node.name, self_loops=False, copy=False)
+                group.nodes.append(node)
+                frontier.append(node)
+
+    order = list(graph)
+    for node in reversed(order):
+        if node.op in LAYERS:
+            grow(node, "layer")
+    for node in order:
+        if node.name not in owner and node.op in ("Quantize", "Dequantize", "Affine", "Requantize"):
+            grow(node, "elementwise")
+    rank = {node.name: index for index, node in enumerate(order)}
+    for group in groups:
+        group.nodes.sort(key=lambda node: rank[node.name])
+    heads = {group.nodes[0].name: group for group in groups}
+    roots = {name: groups[index] for name, index in owner.items()}
+    return _sequence(graph, dag, roots, heads, rank)
+
+
+def _cycles(dag: Any, inside: set[str], node: str) -> bool:
+    """Whether fusing the node would make the group wait for itself."""
+    root = next(name for name in inside if name in dag)
+    return any(
+        producer != root and nx.has_path(dag, root, producer) for producer in dag.predecessors(node)
+    )
+
+
+def _fusible(graph: Graph, node: Node, shape: tuple[int, ...], kind: str) -> bool:
+    if node.op not in EXACT or graph.shape(node.output) != shape:
+        return False
+    channels = shape[-1] if shape else 1
+    for index, value in enumerate(node.inputs):
+        if not value or (node.op == "Clip" and index > 0):
+            continue
+        if value in graph.constants:
+            array = graph.constants[value]
+            vector = array.size == channels == (array.shape[-1] if array.ndim else 0)
+            if array.dtype != np.float32 or not (array.size == 1 or vector):
+                return False
+            if node.op in ("Affine", "Requantize") and node.int_attr("axis", 1) != len(shape) - 1:
+                return False
+        elif graph.shape(value) != shape:
+            return False
+        elif graph.type(value).dtype not in ("float32", "uint8", "int32"):
+            return False
+    if node.op == "Clip" and clip_bounds(graph, node) is None:
+        return False
+    return graph.type(node.output).dtype in ("float32", "uint8")
+
+
+def _sequence(
+    graph: Graph,
+    dag: Any,
+    owner: dict[str, Group],
+    heads: dict[str, Group],
+    rank: dict[str, int],
+) -> list[Group]:
+    """Topological order of the contracted graph; float nodes gather into maximal runs."""
+    del heads
+    waiting = {name: dag.in_degree(name) for name in dag}
+    ready = sorted((name for name, count in waiting.items() if not count), key=rank.__getitem__)
+    result: list[Group] = []
+    while ready:
+        floats = [name for name in ready if name not in owner]
+        in_region = bool(result) and result[-1].kind == "region"
+        name = floats[0] if floats and (in_region or len(floats) == len(ready)) else None
+        name = name or next((n for n in ready if n in owner), ready[0])
+        ready.remove(name)
+        if name in owner:
+            result.append(owner[name])
+        elif in_region:
+            result[-1].nodes.append(graph[name])
+        else:
+            result.append(Group("region", [graph[name]]))
+        for successor in dag.successors(name):
+            waiting[successor] -= 1
+            if not waiting[successor]:
+                ready.append(successor)
+        ready.sort(key=rank.__getitem__)
+    return result
+
+
+# ------------------------------------------------------------------------------------- lowering
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, target: Target, selector: Selector) -> None:
+        self.graph = graph
+        self.target = target
+        self.selector = selector
+        self.program = Program()
+        self.choices = {
+            node.name: selector.choose(graph, node) for node in graph if node.op in LAYERS
+        }
+        self._symbols: dict[int, list[tuple[Any, str]]] = {}
+        self._llvm = llvm_target(target)
+
+    def run(self) -> Program:
+        program = self.program
+        for name, kind in self.graph.inputs.items():
+            program.inputs[name] = kind
+            program.buffers[name] = kind
+        for index, group in enumerate(form_groups(self.graph)):
+            if group.kind == "region":
+                self._region(group.nodes, f"r{index}")
+            else:
+                self._fused(group)
+        self._outputs()
+        return program
+
+    # -- kernels and buffers
+
+    def _symbol(self, func: Any, hint: str) -> str:
+        """Name of a kernel; equal kernels share one."""
+        key = int(tvm_ffi.structural_hash(func))
+        for known, symbol in self._symbols.setdefault(key, []):
+            if tvm_ffi.structural_equal(known, func):
+                return symbol
+        symbol = f"{hint}_{len(self.program.kernels)}"
+        self._symbols[key].append((func, symbol))
+        self.program.kernels[symbol] = func
+        return symbol
+
+    def _call(
+        self, kernel: Kernel, inputs: Sequence[str], outputs: Sequence[str], label: str, kind: str
+    ) -> None:
+        for name, expected in zip(outputs, kernel.outputs, strict=True):
+            self.program.buffers.setdefault(name, expected)
+        symbol = self._symbol(kernel.func, f"mpqc_{kind}")
+        self.program.steps.append(Step(symbol, tuple(inputs), tuple(outputs), label, kind))
+
+    def _constant(self, name: str, array: Array) -> str:
+        known = self.program.constants.get(name)
+        if known is not None and not np.array_equal(known, array):
+            raise PassError(f"two constants named {name}")
+        self.program.constants[name] = np.ascontiguousarray(array)
+        self.program.buffers[name] = TensorType.of(array)
+        return name
+
+    def _value(self, name: str) -> str:
+        """Buffer that holds a graph value as the graph types it."""
+        if name in self.graph.constants:
+            return self._constant(name, self.graph.constants[name])
+        if self.program.root(name) not in self.program.buffers:
+            raise PassError(f"value {name} was never produced")
+        return name
+
+    # -- regions
+
+    def _region(self, nodes: Sequence[Node], prefix: str) -> None:
+        region = convert_region(
+            nodes, self.graph, self._llvm, vector_bits=self.target.vector_bits, prefix=prefix
+        )
+        program = self.program
+        for name, array in region.constants.items():
+            self._constant(name, array)
+        for name, kind in region.temps.items():
+            program.buffers[name] = kind
+        for name in region.outputs:
+            if name not in region.aliases:
+                program.buffers.setdefault(name, self.graph.type(name))
+        for name, source in region.aliases.items():
+            self._value(source)
+            program.aliases[name] = source
+        for name in region.inputs:
+            self._value(name)
+        scheduled = {
+            name: float_cpu.apply(func, self.target.vector_bits, self.target.cores)
+            for name, func in region.kernels.items()
+        }
+        for call in region.calls:
+            symbol = self._symbol(scheduled[call.kernel], f"mpqc_float_{_word(call.kernel)}")
+            program.steps.append(Step(symbol, call.inputs, call.outputs, call.kernel, "float"))
+        for name in region.outputs:
+            self._tap(name)
+
+    # -- layers and elementwise groups
+
+    def _fused(self, group: Group) -> None:
+        head = group.nodes[0]
+        layer_node = head if head.op in LAYERS else None
+        epilogue = group.nodes[1:] if layer_node is not None else group.nodes
+        shape = self.graph.shape(head.output)
+        plan = _Epilogue(self.graph, layer_node, epilogue)
+        outputs = self._output_specs(plan, group, layer_node)
+        if layer_node is None:
+            image = _image_shape(shape)
+            operands = [self._operand(o) for o in plan.operands]
+            kernel = kernels.elementwise_kernel(
+                image, plan.operands, [spec.output for spec in outputs]
+            )
+            names = [name for spec in outputs for name in spec.names]
+            self._call(kernel, operands, names, head.name, "elementwise")
+        else:
+            self._layer(layer_node, plan, outputs)
+        for spec in outputs:
+            self._tap(spec.value)
+
+    def _operand(self, operand: Operand) -> str:
+        if operand.per_channel:
+            return self._constant(operand.name, self.graph.constants[operand.name].reshape(-1))
+        return self._value(operand.name)
+
+    def _output_specs(
+        self, plan: "_Epilogue", group: Group, layer: Node | None
+    ) -> list["_Spec"]:
+        """Values of the group that others read, in the forms that they read."""
+        inside = {node.name for node in group.nodes}
+        specs = []
+        for node in group.nodes:
+            value = node.output
+            readers = [n for n in self.graph.consumers(value) if n.name not in inside]
+            if not readers and value not in self.graph.outputs:
+                continue
+            if node.op in LAYERS:
+                specs.append(_Spec(value, Output(value, plan.cell(value)), (value,)))
+                continue
+            is_codes = node.op in ("Quantize", "Requantize")
+            planes = is_codes and self._fuses_planes(value, layer, readers)
+            plain = (
+                value in self.graph.outputs
+                or not planes
+                or any(self._form(value, reader) != "planes" for reader in readers)
+            )
+            bits = node.int_attr("bits") if is_codes else 0
+            output = Output(value, plan.cell(value), bits, plain, planes)
+            names = ((value,) if plain else ()) + ((f"{value}.planes",) if planes else ())
+            specs.append(_Spec(value, output, names))
+            plan.stored[value] = output.name
+        return specs
+
+    def _form(self, value: str, reader: Node) -> str:
+        """Form in which the reader takes the value: "plain" or "planes"."""
+        if reader.op not in LAYERS or reader.inputs[0] != value:
+            return "plain"
+        if self.choices[reader.name].kind != "bitplane":
+            return "plain"
+        groups = reader.int_attr("group", 1)
+        channels = self.graph.shape(value)[-1]
+        return "planes" if channels % 8 == 0 and channels // groups % 8 == 0 else "plain"
+
+    def _fuses_planes(self, value: str, layer: Node | None, readers: Iterable[Node]) -> bool:
+        """Whether the producing kernel packs: its tiles must hold whole bytes of channels."""
+        if layer is not None:
+            choice = self.choices[layer.name]
+            if choice.tile.block % 8 or layer.int_attr("group", 1) > 1:
+                return False
+        return any(self._form(value, reader) == "planes" for reader in readers)
+
+    def _layer(self, node: Node, plan: "_Epilogue", specs: Sequence["_Spec"]) -> None:
+        choice = self.choices[node.name]
+        layer, tile = choice.layer, choice.tile
+        weight = self.graph.constants[node.inputs[1]]
+        weight = _as_conv_weight(node, weight)
+        data = self._rows(node, choice)
+        inputs = [data]
+        levels, bits = node.str_attr("weight_levels"), node.int_attr("weight_bits")
+        if choice.kind == "bitplane":
+            codes = weight_codes(weight, bits, levels)
+            packed = bitplane_weights(codes, bits, layer.groups, layer.taps, tile.block)
+        elif choice.variant == "multiply-add":
+            packed = grouped_weights(weight, tile.block)
+        else:
+            dot = DOTS[choice.variant]
+            packed = dot_weights(weight, layer.taps, tile.block, dot.group, dot.weight)
+        inputs.append(self._constant(f"{node.name}.{choice.kind}", packed))
+        zero_point = node.int_attr("zero_point", 0)
+        if layer.zero_point:
+            sums = weight.reshape(weight.shape[0], -1).astype(np.int64).sum(axis=1)
+            correction = (-zero_point * sums).astype(np.int32)
+            inputs.append(self._constant(f"{node.name}.correction", correction))
+        if choice.kind == "bitplane" and layer.odd:
+            name = f"{node.name}.sums"
+            self._call(kernels.window_sum_kernel(layer), [data], [name], node.name, "window_sum")
+            inputs.append(name)
+        outputs = [spec.output for spec in specs]
+        if choice.kind == "bitplane":
+            kernel = kernels.bitplane_kernel(layer, plan.operands, outputs, tile)
+        elif choice.variant == "multiply-add":
+            kernel = kernels.grouped_kernel(layer, plan.operands, outputs, tile)
+        else:
+            kernel = kernels.dot_kernel(layer, plan.operands, outputs, tile, choice.variant)
+        inputs += [self._operand(operand) for operand in plan.operands]
+        names = [name for spec in specs for name in spec.names]
+        self._call(kernel, inputs, names, node.name, choice.kind)
+        self.program.layers.append(_record(node, choice, weight))
+
+    def _rows(self, node: Node, choice: Choice) -> str:
+        """Buffer with the layer's padded input in the form that its kernel reads."""
+        value, layer = node.inputs[0], choice.layer
+        shape = _image_shape(self.graph.shape(value)) if node.op == "IntMatMul" else _nhwc(
+            self.graph.shape(value)
+        )
+        bits, zero_point = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
+        if choice.kind != "bitplane":
+            source, dtype = self._value(value), "uint8"
+            wanted = DOTS[choice.variant].data if choice.variant in DOTS else "uint8"
+            if not any(choice.pads) and wanted == dtype:
+                return source
+            key = f"{value}.{wanted}.{'_'.join(map(str, choice.pads))}.{zero_point}"
+            if key not in self.program.buffers:
+                kernel = kernels.pad_kernel(
+                    shape[0], shape[1:], choice.pads, [zero_point], (dtype, wanted)
+                )
+                self._call(kernel, [source], [key], value, "pad")
+            return key
+        source = self._planes(value, shape, layer, bits)
+        if not any(choice.pads):
+            return source
+        key = f"{source}.{'_'.join(map(str, choice.pads))}.{zero_point}"
+        if key not in self.program.buffers:
+            fill = [255 * (zero_point >> i & 1) for i in range(bits)]
+            used = layer.group_in % 8
+            kernel = kernels.pad_kernel(
+                bits * shape[0],
+                (shape[1], shape[2], layer.group_bytes * layer.groups),
+                choice.pads, fill, ("uint8", "uint8"),
+                last_mask=2**used - 1 if used and layer.groups == 1 else 255,
+            )  # fmt: skip
+            self._call(kernel, [source], [key], value, "pad")
+        return key
+
+    def _planes(self, value: str, shape: Shape, layer: Layer, bits: int) -> str:
+        whole_bytes = layer.group_in % 8 == 0
+        name = f"{value}.planes" if whole_bytes else f"{value}.planes.g{layer.groups}"
+        if name not in self.program.buffers:
+            pixels = shape[0] * shape[1] * shape[2]
+            groups = 1 if whole_bytes else layer.groups
+            kernel = kernels.pack_kernel(pixels, shape[3], groups, bits)
+            self._call(kernel, [self._value(value)], [name], value, "pack")
+        return name
+
+    # -- outputs and taps
+
+    def _outputs(self) -> None:
+        program = self.program
+        for index, name in enumerate(self.graph.outputs):
+            kind = self.graph.type(name)
+            root = program.root(name) if name not in self.graph.constants else name
+            shared = root in program.inputs or root in program.constants
+            if name in self.graph.constants or name in program.inputs or shared or (
+                root in program.outputs
+            ):
+                self._value(name)
+                copy = f"{name}.out{index}"
+                self._copy(root if name not in self.graph.constants else name, copy, kind)
+                program.outputs[copy] = kind
+                continue
+            if root != name:  # the buffer behind an alias is what the caller gets
+                program.buffers[root] = program.buffers[root]
+                program.outputs[root] = kind
+                continue
+            program.outputs[name] = kind
+
+    def _copy(self, source: str, result: str, kind: TensorType) -> None:
+        size = max(1, prod(kind.shape))
+        kernel = kernels.pad_kernel(1, (1, 1, size), (0, 0, 0, 0), [0], (kind.dtype, kind.dtype))
+        self.program.buffers[result] = kind
+        self._call(kernel, [source], [result], source, "copy")
+
+    def _tap(self, value: str) -> None:
+        """Remember where a value of the channels-first graph can be read."""
+        program, step = self.program, len(self.program.steps) - 1
+        perm: tuple[int, ...] = ()
+        shape = self.graph.shape(value)
+        name = value
+        if value.endswith(SUFFIX):
+            name, perm = value.removesuffix(SUFFIX), first(len(shape))
+            shape = tuple(shape[axis] for axis in perm)
+        if value in program.buffers or value in program.aliases:
+            program.taps[name] = Tap(program.root(value), "plain", shape, perm, 0, step)
+        elif f"{value}.planes" in program.buffers:
+            producer = self.graph.producer(value)
+            bits = producer.int_attr("bits") if producer is not None else 8
+            program.taps[name] = Tap(f"{value}.planes", "planes", shape, perm, bits, step)
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """An output of a fused kernel: graph value, how it is computed, buffers that receive it."""
+
+    value: str
+    output: Output
+    names: tuple[str, ...]
+
+
+class _Epilogue:
+    """Elementwise nodes as expressions over an accumulator and operands."""
+
+    def __init__(self, graph: Graph, layer: Node | None, nodes: Sequence[Node]) -> None:
+        self.graph = graph
+        self.accumulator = layer.output if layer is not None else None
+        self.nodes = {node.output: node for node in nodes}
+        self.operands: list[Operand] = []
+        self.stored: dict[str, str] = {}  # value -> output stage that later stages read back
+        seen: set[str] = set()
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if not value or value in seen or value in self.nodes or value == self.accumulator:
+                    continue
+                if node.op == "Clip" and index > 0:
+                    continue
+                constant = graph.constants.get(value)
+                if constant is not None and constant.size == 1 and self._scalar(node):
+                    continue
+                seen.add(value)
+                self.operands.append(
+                    Operand(value, constant is not None, graph.type(value).dtype)
+                )
+
+    def _scalar(self, node: Node) -> bool:
+        """Scalars become literals; a layer's m and b stay arrays, so that kernels are shared."""
+        return node.op not in ("Affine", "Requantize")
+
+    def cell(self, value: str) -> Callable[[Reader], Any]:
+        return lambda reader: self._expression(value, reader, top=True)
+
+    def _expression(self, value: str, reader: Reader, top: bool = False) -> Any:
+        if value == self.accumulator:
+            return reader("acc")
+        if not top and value in self.stored:
+            return reader(self.stored[value])
+        node = self.nodes.get(value)
+        if node is None:
+            constant = self.graph.constants.get(value)
+            if constant is not None and constant.size == 1 and not self._is_operand(value):
+                return compute.literal(float(constant.reshape(())))
+            return reader(value)
+        if node.op == "Clip":
+            low, high = clip_bounds(self.graph, node) or (-np.inf, np.inf)
+            return compute.clip(self._expression(node.inputs[0], reader), low, high)
+        operands = [self._expression(v, reader) for v in node.inputs if v]
+        return compute.apply(node, operands)
+
+    def _is_operand(self, value: str) -> bool:
+        return any(operand.name == value for operand in self.operands)
+
+
+def _record(node: Node, choice: Choice, weight: Array) -> LayerRecord:
+    layer = choice.layer
+    bits, zero = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
+    reach = max(zero, 2**bits - 1 - zero)
+    sums = np.abs(weight.astype(np.int64)).reshape(weight.shape[0], -1).sum(axis=1)
+    precision = str(Precision(node.int_attr("weight_bits"), bits))
+    macs = prod(layer.out_shape) * layer.reduction
+    return LayerRecord(
+        node.name, precision, precision, choice.kind, choice.variant, "int32",
+        int(sums.max(initial=0)) * reach, macs, choice.reason,
+    )  # fmt: skip
+
+
+def _as_conv_weight(node: Node, weight: Array) -> Array:
+    """[O, I/G, KH, KW]: matrices [K, N] and 1-D kernels as 2-D convolutions."""
+    if node.op == "IntMatMul":
+        return weight.T[:, :, None, None]
+    return weight[:, :, None, :] if weight.ndim == 3 else weight
+
+
+def _nhwc(shape: tuple[int, ...]) -> Shape:
+    """[N, L, C] as an image of one row."""
+    if len(shape) == 3:
+        return (shape[0], 1, shape[1], shape[2])
+    n, h, w, c = shape
+    return (n, h, w, c)
+
+
+def _image_shape(shape: tuple[int, ...]) -> Shape:
+    """Any shape as (1, 1, rows, channels)."""
+    return (1, 1, prod(shape[:-1]), shape[-1]) if shape else (1, 1, 1, 1)
+
+
+def _word(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,92 @@
+"""Prepack weights for the kernels, and read packed activations back; numpy, pure."""
+
+import numpy as np
+
+from mpqc.graph import Array
+
+
+def bits_to_bytes(codes: Array, bits: int) -> Array:
+    """Split codes into planes and pack the last axis, channel 8*k + b to bit b of byte k.
+
+    Args:
+        codes: uint8 [..., C].
+        bits: planes.
+
+    Returns:
+        uint8 [bits, ..., ceil(C/8)].
+    """
+    planes = (codes[None] >> np.arange(bits, dtype=np.uint8).reshape(-1, *[1] * codes.ndim)) & 1
+    return np.packbits(planes, axis=-1, bitorder="little")
+
+
+def bytes_to_codes(planes: Array, channels: int) -> Array:
+    """Inverse of ``bits_to_bytes``.
+
+    Args:
+        planes: uint8 [bits, ..., ceil(C/8)].
+        channels: C.
+
+    Returns:
+        uint8 [..., C].
+    """
+    unpacked = np.unpackbits(planes, axis=-1, bitorder="little", count=channels)
+    return np.bitwise_or.reduce(
+        [plane << np.uint8(i) for i, plane in enumerate(unpacked)], axis=0, dtype=np.uint8
+    )
+
+
+def _blocks(channels_last: Array, block: int) -> Array:
+    """[O, ...] -> [ceil(O/B), ..., B], missing channels zero."""
+    count = channels_last.shape[0]
+    pad = -count % block
+    padded = np.pad(channels_last, [(0, pad), *[(0, 0)] * (channels_last.ndim - 1)])
+    return np.moveaxis(padded.reshape(-1, block, *channels_last.shape[1:]), 1, -1)
+
+
+def bitplane_weights(codes: Array, bits: int, groups: int, taps: int, block: int) -> Array:
+    """Weights of the bitplane kernel.
+
+    Args:
+        codes: uint8 [O, C/G, KH, KW].
+        bits: J.
+        groups: G.
+        taps: separate runs of a window row: 1 or KW.
+        block: B, output channels of a tile.
+
+    Returns:
+        uint8 [G * ceil(O/G/B), J, KH, taps, run, B], run = KW/taps * ceil(C/G/8) bytes.
+    """
+    out, _, kh, kw = codes.shape
+    planes = bits_to_bytes(codes.transpose(0, 2, 3, 1), bits)  # [J, O, KH, KW, bytes]
+    planes = planes.reshape(bits, out, kh, taps, -1).transpose(1, 0, 2, 3, 4)
+    groups_of = planes.reshape(groups, out // groups, *planes.shape[1:])
+    return np.ascontiguousarray(np.concatenate([_blocks(group, block) for group in groups_of]))
+
+
+def dot_weights(weight: Array, taps: int, block: int, group: int, dtype: str) -> Array:
+    """Weights of the dot kernels, runs padded with zeros to whole instructions.
+
+    Args:
+        weight: integers [O, C, KH, KW].
+        taps: separate runs of a window row: 1 or KW.
+        block: B.
+        group: t, products that one instruction adds.
+        dtype: int8 or int16.
+
+    Returns:
+        [ceil(O/B), KH, taps, ceil(run/t), B, t], run = KW/taps * C.
+    """
+    out, _, kh, _ = weight.shape
+    runs = weight.transpose(0, 2, 3, 1).reshape(out, kh, taps, -1)
+    runs = np.pad(runs, [(0, 0), (0, 0), (0, 0), (0, -runs.shape[-1] % group)])
+    blocked = _blocks(runs.reshape(out, kh, taps, -1, group), block)  # [O/B, KH, taps, R, t, B]
+    return np.ascontiguousarray(np.swapaxes(blocked, -1, -2)).astype(dtype)
+
+
+def grouped_weights(weight: Array, block: int) -> Array:
+    """Weights of the grouped kernel: [O, C/G, KH, KW] -> int16 [KH, KW, C/G, O/B, B]."""
+    out = weight.shape[0]
+    moved = weight.transpose(2, 3, 1, 0)
+    return np.ascontiguousarray(moved.reshape(*moved.shape[:3], out // block, block)).astype(
+        np.int16
+    )

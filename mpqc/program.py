@@ -1,0 +1,159 @@
+"""The lowered program: a straight list of kernel calls over named buffers; no TVM in here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpqc.graph import Array, TensorType
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel call.
+
+    Attributes:
+        kernel: symbol of the kernel.
+        inputs, outputs: buffers in the kernel's argument order, inputs first.
+        label: the graph node, or what the step does, for people and profiles.
+        kind: "bitplane", "int8", "float", "pad", "pack" or "elementwise".
+    """
+
+    kernel: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    label: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the value of a graph tensor can be read after a step ran; serves ``verify --layers``.
+
+    Attributes:
+        buffer: buffer that holds it.
+        form: "plain" (the array itself), "codes" or "planes" (see compute).
+        shape: of the tensor in the graph, channels first.
+        perm: axes of the stored array in terms of the graph's; () when they agree.
+        bits: planes a code has.
+        step: index of the step that defines it.
+    """
+
+    buffer: str
+    form: str
+    shape: tuple[int, ...]
+    perm: tuple[int, ...] = ()
+    bits: int = 0
+    step: int = -1
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a layer of the model became; goes into the manifest.
+
+    Attributes:
+        name: node of the model.
+        asked: precision in the plan, as text; None where the plan left the layer in float.
+        run: precision that the kernel executes.
+        kernel: "bitplane", "int8" or "float".
+        variant: instruction or form inside the kind.
+        accumulator: dtype.
+        bound: proven bound of |accumulator|.
+        reason: why not what was asked; empty when it is.
+    """
+
+    name: str
+    asked: str | None
+    run: str | None
+    kernel: str
+    variant: str = ""
+    accumulator: str = ""
+    bound: int = 0
+    macs: int = 0
+    reason: str = ""
+
+
+@dataclass
+class Program:
+    """Everything that ``build`` needs.
+
+    Attributes:
+        inputs, outputs: name -> type as the model states them (channels first).
+        buffers: name -> type of every buffer: inputs, outputs, temporaries.
+        aliases: name -> buffer whose bytes it shares.
+        constants: name -> array; prepacked weights, scales.
+        kernels: symbol -> scheduled PrimFunc.
+        steps: in execution order.
+    """
+
+    inputs: dict[str, TensorType] = field(default_factory=dict)
+    outputs: dict[str, TensorType] = field(default_factory=dict)
+    buffers: dict[str, TensorType] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Array] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    taps: dict[str, Tap] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
+
+    def root(self, name: str) -> str:
+        """The buffer that really holds a name's bytes."""
+        while name in self.aliases:
+            name = self.aliases[name]
+        return name
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Offsets of the temporaries in one arena [bytes].
+
+    Attributes:
+        offsets: buffer -> offset, multiples of 64.
+        size: of the arena.
+        lower_bound: largest total of buffers that live at the same time.
+    """
+
+    offsets: Mapping[str, int]
+    size: int
+    lower_bound: int
+
+
+ALIGNMENT = 64
+# Dot kernels may read (never use) a few elements past a buffer's end.
+SLACK = 64
+
+
+def plan_memory(program: Program) -> MemoryPlan:
+    """Place the temporaries: largest first, each at the lowest offset free during its life."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, step in enumerate(program.steps):
+        for name in (*step.inputs, *step.outputs):
+            root = program.root(name)
+            first.setdefault(root, index)
+            last[root] = index
+    external = {program.root(name) for name in (*program.inputs, *program.outputs)}
+    names = [n for n in first if n not in program.constants and n not in external]
+    need = {n: _round_up(program.buffers[n].nbytes) for n in names}
+    live = [
+        sum(need[n] for n in names if first[n] <= step <= last[n])
+        for step in range(len(program.steps))
+    ]
+    offsets: dict[str, int] = {}
+    for name in sorted(names, key=lambda n: (-need[n], first[n], n)):
+        busy = sorted(
+            (offsets[other], offsets[other] + need[other])
+            for other in offsets
+            if first[other] <= last[name] and first[name] <= last[other]
+        )
+        place = 0
+        for start, end in busy:
+            if place + need[name] <= start:
+                break
+            place = max(place, end)
+        offsets[name] = place
+    size = max((offsets[n] + need[n] for n in names), default=0) + SLACK
+    return MemoryPlan(offsets, size, max(live, default=0))
+
+
+def _round_up(size: int) -> int:
+    return max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)

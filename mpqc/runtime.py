@@ -1,0 +1,209 @@
+"""Run a compiled model from Python: ctypes and numpy, nothing else."""
+
+import ctypes
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from mpqc.errors import ArtifactError, DataError
+from mpqc.graph import Array, TensorType
+
+ABI_VERSION = 1
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_char_p),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("bytes", ctypes.c_size_t),
+    )
+
+
+def _open(path: Path) -> Any:
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.mpqc_abi_version()
+    except (OSError, AttributeError) as error:
+        raise ArtifactError(f"{path} is no compiled model of this machine: {error}") from error
+    if version != ABI_VERSION:
+        raise ArtifactError(f"{path} has interface version {version}, this mpqc reads {ABI_VERSION}")
+    size = ctypes.c_size_t
+    pointers = ctypes.POINTER(ctypes.c_void_p)
+    library.mpqc_message.restype = ctypes.c_char_p
+    library.mpqc_manifest.restype = ctypes.c_void_p
+    library.mpqc_manifest.argtypes = (ctypes.POINTER(size),)
+    library.mpqc_scratch_bytes.restype = size
+    library.mpqc_create.argtypes = (ctypes.c_int, pointers)
+    library.mpqc_destroy.argtypes = (ctypes.c_void_p,)
+    library.mpqc_destroy.restype = None
+    library.mpqc_run.argtypes = (ctypes.c_void_p, pointers, ctypes.c_void_p, pointers, ctypes.c_void_p)
+    library.mpqc_bind.argtypes = (ctypes.c_void_p, pointers, pointers)
+    library.mpqc_step.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    library.mpqc_read.argtypes = (ctypes.c_void_p, size, ctypes.c_void_p, size)
+    return library
+
+
+class CompiledModel:
+    """One instance of a compiled model.
+
+    Args:
+        path: ``model.so``, or the artifact folder that holds it.
+        threads: threads that a run uses, this one included.
+
+    Raises:
+        ArtifactError: missing, damaged, or built for another machine.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        file = Path(path)
+        file = file / "model.so" if file.is_dir() else file
+        if not file.exists():
+            raise ArtifactError(f"{file} does not exist: compile the model first")
+        self.path = file.resolve()
+        self._handle: Any = None
+        self._library = _open(self.path)
+        self.threads = threads
+        handle = ctypes.c_void_p()
+        self._check(self._library.mpqc_create(threads, ctypes.byref(handle)), "cannot start the model")
+        self._handle = handle
+        self.inputs = self._tensors("input")
+        self.outputs = self._tensors("output")
+
+    def _check(self, status: int, what: str) -> None:
+        if status:
+            raise ArtifactError(f"{self.path}: {what}: {self._library.mpqc_message(status).decode()}")
+
+    def _tensors(self, side: str) -> dict[str, TensorType]:
+        described = {}
+        for index in range(getattr(self._library, f"mpqc_{side}_count")()):
+            tensor = _Tensor()
+            describe = getattr(self._library, f"mpqc_describe_{side}")
+            self._check(describe(index, ctypes.byref(tensor)), "cannot describe the model")
+            shape = tuple(tensor.shape[axis] for axis in range(tensor.rank))
+            described[tensor.name.decode()] = TensorType(tensor.dtype.decode(), shape)
+        return described
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the library says of itself: layers, kernels, buffers, versions."""
+        size = ctypes.c_size_t()
+        start = self._library.mpqc_manifest(ctypes.byref(size))
+        manifest: dict[str, Any] = json.loads(ctypes.string_at(start, size.value))
+        return manifest
+
+    @property
+    def scratch_bytes(self) -> int:
+        return int(self._library.mpqc_scratch_bytes(self.threads))
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once.
+
+        Args:
+            feeds: every input by name, in the model's dtype and shape.
+
+        Returns:
+            Every output by name.
+
+        Raises:
+            DataError: names, shapes or dtypes differ from the model's.
+        """
+        arrays = self._arrange(feeds)
+        results = {name: np.empty(t.shape, t.dtype) for name, t in self.outputs.items()}
+        status = self._library.mpqc_run(
+            self._handle, _pointers(arrays), None, _pointers(list(results.values())), None
+        )
+        self._check(status, "the run failed")
+        return results
+
+    def _arrange(self, feeds: Mapping[str, Array]) -> list[Array]:
+        if feeds.keys() != self.inputs.keys():
+            raise DataError(f"the model takes {sorted(self.inputs)}, got {sorted(feeds)}")
+        arrays = []
+        for name, kind in self.inputs.items():
+            array = np.asarray(feeds[name])
+            if TensorType.of(array) != kind:
+                raise DataError(f"input {name!r} is {TensorType.of(array)}, the model takes {kind}")
+            arrays.append(np.ascontiguousarray(array))
+        return arrays
+
+    def steps(self, feeds: Mapping[str, Array]) -> "Stepper":
+        """Run kernel by kernel: for profiles and for looking at intermediate values."""
+        return Stepper(self, self._arrange(feeds))
+
+    def seconds(self, feeds: Mapping[str, Array], repeat: int) -> list[float]:
+        """Wall time of single runs [s], without the copies into numpy results."""
+        arrays = self._arrange(feeds)
+        results = [np.empty(t.shape, t.dtype) for t in self.outputs.values()]
+        inputs, outputs = _pointers(arrays), _pointers(results)
+        times = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            status = self._library.mpqc_run(self._handle, inputs, None, outputs, None)
+            times.append(time.perf_counter() - start)
+            self._check(status, "the run failed")
+        return times
+
+    def close(self) -> None:
+        """Free the instance; a second call does nothing."""
+        if self._handle is not None:
+            self._library.mpqc_destroy(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+class Stepper:
+    """A run that stops after every kernel."""
+
+    def __init__(self, model: CompiledModel, arrays: list[Array]) -> None:
+        self._model = model
+        self._arrays = arrays
+        self.results = [np.empty(t.shape, t.dtype) for t in model.outputs.values()]
+        self._library = model._library
+        status = self._library.mpqc_bind(
+            model._handle, _pointers(arrays), _pointers(self.results)
+        )
+        model._check(status, "cannot bind buffers")
+
+    def __len__(self) -> int:
+        return int(self._library.mpqc_step_count())
+
+    def step(self, index: int) -> float:
+        """Run one kernel; returns its wall time [s]."""
+        start = time.perf_counter()
+        status = self._library.mpqc_step(self._model._handle, index)
+        elapsed = time.perf_counter() - start
+        self._model._check(status, f"step {index} failed")
+        return elapsed
+
+    def read(self, offset: int, kind: TensorType) -> Array:
+        """A buffer of the arena."""
+        result = np.empty(kind.shape, kind.dtype)
+        status = self._library.mpqc_read(
+            self._model._handle, offset, result.ctypes.data_as(ctypes.c_void_p), result.nbytes
+        )
+        self._model._check(status, "cannot read the arena")
+        return result
+
+
+def _pointers(arrays: Sequence[Array]) -> Any:
+    return (ctypes.c_void_p * max(1, len(arrays)))(*[array.ctypes.data for array in arrays])
+
+
+def load(path: str | Path, threads: int = 1) -> CompiledModel:
+    """Open an artifact: a folder, or its ``model.so``."""
+    return CompiledModel(path, threads)

@@ -1,0 +1,171 @@
+"""Which kernel runs a layer: the fastest by a model of the target's instructions, or as asked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from mpqc.compute import Window
+from mpqc.errors import UsageError
+from mpqc.graph import Graph, Node
+from mpqc.kernels import (
+    Layer,
+    bitplane_tile,
+    dot_tile,
+    flatten_pixels,
+    grouped_tile,
+)
+from mpqc.schedules.conv_cpu import Tile
+from mpqc.schedules.dot_intrinsics import DOTS
+from mpqc.target import Target
+
+KERNELS = ("auto", "bitplane", "int8")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one layer runs.
+
+    Attributes:
+        kind: "bitplane" or "int8".
+        variant: instruction of the int8 kernel, "multiply-add" for grouped convolutions.
+        layer: geometry as the kernel sees it.
+        tile: register tile.
+        pads: top, left, bottom, right.
+        rates: multiply-accumulates a cycle that the model expects of each kernel.
+        reason: why not the kernel that was asked for; empty when it is.
+    """
+
+    kind: str
+    variant: str
+    layer: Layer
+    tile: Tile
+    pads: tuple[int, int, int, int]
+    rates: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Chooses kernels for a target.
+
+    Attributes:
+        target: machine.
+        kernel: "auto", or the kind to force.
+        by_layer: layer name -> kind, from the plan; "auto" leaves it to the model.
+    """
+
+    target: Target
+    kernel: str = "auto"
+    by_layer: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (self.kernel, *self.by_layer.values()):
+            if name not in KERNELS:
+                raise UsageError(f"unknown kernel {name!r}; choose one of {', '.join(KERNELS)}")
+
+    def choose(self, graph: Graph, node: Node) -> Choice:
+        """Decide for an IntConv or IntMatMul node of a channels-last graph."""
+        layer, pads = geometry(graph, node)
+        weight = graph.constants[node.inputs[1]]
+        asked = self.by_layer.get(node.name, "auto")
+        asked = self.kernel if asked == "auto" else asked
+        variant = _int8_variant(layer, int(np.abs(weight).max(initial=0)), self.target)
+        rates = expected_rates(layer, variant, self.target)
+        kind = asked if asked != "auto" else max(rates, key=rates.__getitem__)
+        if kind == "bitplane":
+            shaped = flatten_pixels(layer, 8)
+            tile = bitplane_tile(shaped, self.target)
+            return Choice("bitplane", "and-popcount", shaped, tile, pads, rates)
+        if variant == "multiply-add":
+            return Choice("int8", variant, layer, grouped_tile(layer, self.target), pads, rates)
+        shaped = flatten_pixels(layer, 7)
+        tile = dot_tile(shaped, self.target, DOTS[variant].lanes)
+        return Choice("int8", variant, shaped, tile, pads, rates)
+
+
+def _int8_variant(layer: Layer, largest_weight: int, target: Target) -> str:
+    if layer.groups > 1:
+        return "multiply-add"
+    if target.has("vnni") and largest_weight <= 127:
+        return "vpdpbusd512"
+    if target.arch == "x86_64":
+        return f"vpmaddwd{target.vector_bits}"
+    return "multiply-add"
+
+
+# Multiply-accumulates a cycle, measured with the kernels of this project (benchmarks/layers.py):
+# popcount of one plane pair, by vector unit; the int8 kernels by instruction.
+_POPCOUNT = {"bitalg": 215.0, "avx512": 130.0, "avx2": 115.0, "ssse3": 45.0, "neon": 43.0}
+_INT8 = {
+    "vpdpbusd512": 70.0, "vpmaddwd512": 40.0, "vpmaddwd256": 25.0, "vpmaddwd128": 12.0,
+    "multiply-add": 6.0,
+}  # fmt: skip
+
+
+def expected_rates(layer: Layer, variant: str, target: Target) -> dict[str, float]:
+    """Multiply-accumulates a cycle of each kernel: the model where nothing was measured."""
+    unit = next((name for name in _POPCOUNT if target.has(name)), "ssse3")
+    filled = layer.group_in / (8 * layer.group_bytes)  # bits of a byte that carry a channel
+    lanes_used = min(1.0, layer.group_out / (target.vector_bits / 8))
+    pairs = layer.weight_bits * layer.activation_bits
+    bitplane = _POPCOUNT[unit] * filled * max(lanes_used, 1 / 64) / pairs
+    int8 = _INT8[variant] * min(1.0, layer.out_channels / (target.vector_bits / 32))
+    return {"bitplane": bitplane, "int8": int8}
+
+
+def geometry(graph: Graph, node: Node) -> tuple[Layer, tuple[int, int, int, int]]:
+    """The layer over its padded image, and the padding (top, left, bottom, right)."""
+    weight = graph.constants[node.inputs[1]]
+    shape, out = graph.shape(node.inputs[0]), graph.shape(node.output)
+    bits = node.int_attr("weight_bits"), node.int_attr("activation_bits")
+    odd = node.str_attr("weight_levels") == "odd"
+    zero = node.int_attr("zero_point", 0) != 0
+    if node.op == "IntMatMul":
+        rows = prod(shape[:-1])
+        window = Window(1, 1, rows, 1, 1, 1, 1, 1, 1)
+        image = (1, 1, rows, shape[-1])
+        return Layer(window, image, weight.shape[1], 1, *bits, odd, zero), (0, 0, 0, 0)
+    rank = len(shape) - 2
+    kernel = weight.shape[2:]
+    ones = (1,) * rank
+    strides, dilations = node.ints_attr("strides", ones), node.ints_attr("dilations", ones)
+    before, after = _pads(node, shape[1:-1], out[1:-1], kernel, strides, dilations)
+    one = (1,) if rank == 1 else ()
+    zero_pad = (0,) if rank == 1 else ()
+    kh, kw = (*one, *kernel)
+    sy, sx = (*one, *strides)
+    dy, dx = (*one, *dilations)
+    oh, ow = (*one, *out[1:-1])
+    h, w = (*one, *shape[1:-1])
+    top, left = (*zero_pad, *before)
+    bottom, right = (*zero_pad, *after)
+    window = Window(shape[0], oh, ow, kh, kw, sy, sx, dy, dx)
+    image = (shape[0], h + top + bottom, w + left + right, shape[-1])
+    layer = Layer(window, image, out[-1], node.int_attr("group", 1), *bits, odd, zero)
+    return layer, (top, left, bottom, right)
+
+
+def _pads(
+    node: Node,
+    size: tuple[int, ...],
+    out: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    rank = len(size)
+    auto = node.str_attr("auto_pad", "NOTSET")
+    if auto in ("", "NOTSET"):
+        pads = node.ints_attr("pads", (0,) * (2 * rank))
+        return pads[:rank], pads[rank:]
+    if auto == "VALID":
+        return (0,) * rank, (0,) * rank
+    total = [
+        max(0, (o - 1) * s + (k - 1) * d + 1 - i)
+        for o, s, k, d, i in zip(out, strides, kernel, dilations, size, strict=True)
+    ]
+    small = tuple(t // 2 for t in total)
+    large = tuple(t - t // 2 for t in total)
+    return (small, large) if auto == "SAME_UPPER" else (large, small)

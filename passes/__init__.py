@@ -1,0 +1,1 @@
+"""Graph passes: one pass a file, Graph -> Graph; analyses are functions Graph -> table."""

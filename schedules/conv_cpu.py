@@ -1,0 +1,135 @@
+"""CPU schedules of the quantized convolutions: register tiles of pixels by output channels.
+
+Every kernel has the same skeleton. A tile of ``pixels`` x (``vectors`` * ``lanes``) accumulators
+stays in registers or L1 while the reduction runs; the epilogue (requantize, pack) follows at the
+tile, so that no int32 goes to memory. Blocks of output channels are the outer loop: a block's
+weights stay in cache while the packed image, which is small, streams by.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from mpqc.schedules.dot_intrinsics import register_dot
+
+EPILOGUE_LANES = 16  # float32 lanes of an epilogue vector: one zmm, two ymm, four NEON registers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tunables of a convolution kernel.
+
+    Attributes:
+        pixels: output pixels of a row that share each weight load; divides OW.
+        vectors: vectors of output channels that share each activation broadcast.
+        lanes: output channels of one vector.
+    """
+
+    pixels: int
+    vectors: int
+    lanes: int
+
+    @property
+    def block(self) -> int:
+        """Output channels of a tile."""
+        return self.vectors * self.lanes
+
+
+def _outer(sch: Schedule, acc: Any, tile: Tile) -> tuple[Any, list[Any]]:
+    """Tile the accumulator block; return the tile loop and [pixel, vector, lane, *reduction]."""
+    n, y, x, o, lane, *reduction = sch.get_loops(acc)
+    x_tile, pixel = sch.split(x, [None, tile.pixels])
+    vector, lane = sch.split(lane, [tile.vectors, tile.lanes])
+    sch.reorder(o, n, y, x_tile, pixel, vector, lane, *reduction)
+    sch.parallel(sch.fuse(o, n, y))
+    return x_tile, [pixel, vector, lane, *reduction]
+
+
+def _epilogue(sch: Schedule, names: Sequence[str], at: Any, channels: int) -> None:
+    """Compute the named stages, in dataflow order, at the tile; no vector straddles the end."""
+    for name in names:
+        sch.reverse_compute_at(sch.get_sblock(name), at, preserve_unit_loops=True)
+    for name in names:
+        *outer, channel = sch.get_loops(sch.get_sblock(name))
+        if name.startswith("planes"):
+            plane = outer[-4]  # [plane, n, y, x, byte]
+            sch.unroll(plane)
+            continue
+        width = gcd(int(sch.get(channel).extent), EPILOGUE_LANES, channels)
+        _, inner = sch.split(channel, [None, width])
+        sch.vectorize(inner)
+
+
+def bitplane_conv(
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]
+) -> None:
+    """AND + popcount in uint8 lanes; LLVM finds vpopcntb, vpshufb or cnt."""
+    acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
+    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile)
+    sch.reorder(j, i, pixel, vector, lane)
+    _epilogue(sch, epilogue, at, channels)
+
+    sch.compute_at(pair, i, preserve_unit_loops=True)
+    _, _, pair_pixel, _, _, _, pair_lanes, ky, kx, c = sch.get_loops(pair)[-10:]
+    pair_vector, pair_lane = sch.split(pair_lanes, [tile.vectors, tile.lanes])
+    sch.reorder(ky, kx, c, pair_pixel, pair_vector, pair_lane)
+
+    sch.compute_at(part, c, preserve_unit_loops=True)
+    part_pixel, *_, part_lanes, byte = sch.get_loops(part)[-9:]
+    part_vector, part_lane = sch.split(part_lanes, [tile.vectors, tile.lanes])
+    sch.reorder(byte, part_pixel, part_vector, part_lane)
+
+    for row, column, vec in (
+        (pixel, vector, lane),
+        (pair_pixel, pair_vector, pair_lane),
+        (part_pixel, part_vector, part_lane),
+    ):
+        sch.unroll(row)
+        sch.unroll(column)
+        sch.vectorize(vec)
+    sch.decompose_reduction(part, byte)
+    sch.decompose_reduction(pair, ky)
+    sch.decompose_reduction(acc, j)
+
+
+def dot_conv(
+    sch: Schedule,
+    tile: Tile,
+    channels: int,
+    epilogue: Sequence[str],
+    *,
+    instruction: str,
+) -> None:
+    """Dot instructions through a tensor intrinsic; see ``dot_intrinsics``."""
+    acc = sch.get_sblock("acc")
+    at, (pixel, vector, lane, ky, kx, r, u) = _outer(sch, acc, tile)
+    sch.reorder(ky, kx, r, pixel, vector, lane, u)
+    _epilogue(sch, epilogue, at, channels)
+    sch.unroll(pixel)
+    sch.unroll(vector)
+    init = sch.decompose_reduction(acc, ky)
+    *_, init_pixel, init_vector, init_lane = sch.get_loops(init)
+    sch.unroll(init_pixel)
+    sch.unroll(init_vector)
+    sch.vectorize(init_lane)
+    sch.tensorize(lane, register_dot(instruction))
+
+
+def grouped_conv(
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]
+) -> None:
+    """Plain widening multiply-add, channels in the vector (depthwise) or broadcast."""
+    acc = sch.get_sblock("acc")
+    at, (pixel, vector, lane, ky, kx, c) = _outer(sch, acc, tile)
+    sch.reorder(ky, kx, c, pixel, vector, lane)
+    _epilogue(sch, epilogue, at, channels)
+    sch.unroll(pixel)
+    sch.unroll(vector)
+    sch.vectorize(lane)
+    sch.decompose_reduction(acc, ky)
+
+
+Rule = Callable[..., None]
