@@ -1,16 +1,17 @@
-"""What the calibration data say about the values of a graph: one histogram a tensor."""
+"""What the calibration data say about the values of a graph: histograms and channel means."""
 
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mpqc.data import Data
 from mpqc.errors import DataError, OutputError
-from mpqc.graph import Graph
+from mpqc.graph import Array, Graph
 from mpqc.histogram import BINS, Histogram, Method
 from mpqc.quantizers import ActivationQuantizer
 
@@ -24,10 +25,13 @@ class Calibration:
     Attributes:
         histograms: of float32 values.
         samples: calibration samples seen.
+        means: float64 [channels] of the same values; channels are axis 1 of what convolutions
+            read, else the last axis.
     """
 
     histograms: Mapping[str, Histogram]
     samples: int
+    means: Mapping[str, Array] = field(default_factory=dict)
 
     def histogram(self, tensor: str) -> Histogram:
         """The histogram of one value.
@@ -36,17 +40,25 @@ class Calibration:
             DataError: the value was not calibrated.
         """
         if tensor not in self.histograms:
-            raise DataError(
-                f"value {tensor!r} was not calibrated; calibrate again with this model and plan"
-            )
+            raise DataError(_missing(tensor))
         return self.histograms[tensor]
+
+    def mean(self, tensor: str) -> Array:
+        """Mean of each channel of one value: float64 [channels].
+
+        Raises:
+            DataError: the value was not calibrated.
+        """
+        if tensor not in self.means:
+            raise DataError(_missing(tensor))
+        return self.means[tensor]
 
     def quantizer(self, tensor: str, bits: int, method: Method = "mse") -> ActivationQuantizer:
         """The rule for one value at one width."""
         return self.histogram(tensor).quantizer(bits, method)
 
     def save(self, path: str | Path) -> None:
-        """Write one .npz: a JSON header and the counts.
+        """Write one .npz: a JSON header, the counts and the means.
 
         Raises:
             OutputError: the file cannot be written.
@@ -65,13 +77,12 @@ class Calibration:
         ]
         header = {"mpqc_calibration": _FORMAT, "samples": self.samples, "tensors": rows}
         counts = np.array([self.histograms[name].counts for name in names], np.int64)
+        arrays: dict[str, Any] = {f"mean{i}": self.mean(name) for i, name in enumerate(names)}
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        arrays["counts"] = counts.reshape(-1, 2 * BINS)
         try:
             with Path(path).open("wb") as file:  # savez would append .npz to the name
-                np.savez_compressed(
-                    file,
-                    header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-                    counts=counts.reshape(-1, 2 * BINS),
-                )
+                np.savez_compressed(file, **arrays)
         except OSError as error:
             raise OutputError(f"cannot write the calibration {path}: {error}") from error
 
@@ -86,17 +97,24 @@ class Calibration:
             with np.load(path, allow_pickle=False) as archive:
                 header = json.loads(archive["header"].tobytes())
                 counts = archive["counts"]
+                means = [archive[f"mean{i}"] for i in range(len(counts))]
             if header["mpqc_calibration"] != _FORMAT or counts.shape[1:] != (2 * BINS,):
                 raise ValueError("written by another version of mpqc")
             histograms = {
                 row.pop("name"): Histogram(counts=count, **row)
                 for row, count in zip(header["tensors"], counts, strict=True)
             }
-            return cls(histograms, int(header["samples"]))
+            return cls(
+                histograms, int(header["samples"]), dict(zip(histograms, means, strict=True))
+            )
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"cannot read the calibration {path}: {error}; delete it and calibrate again"
             ) from error
+
+
+def _missing(tensor: str) -> str:
+    return f"value {tensor!r} was not calibrated; calibrate again with this model and plan"
 
 
 def calibrate(
@@ -134,7 +152,9 @@ def calibrate(
     if computed:
         session = ort.Session(onnx_export.to_onnx(graph, computed), threads=threads)
     histograms = {name: Histogram() for name in names}
-    done = 0
+    axes = {name: _channel_axis(graph, name) for name in names}
+    sums: dict[str, Array] = {name: np.zeros(()) for name in names}
+    feeds_seen = done = 0
     for feeds in data.feeds():
         values = {name: feeds[name] for name in fed}
         if session is not None:
@@ -146,6 +166,9 @@ def calibrate(
                     "overflows on these data; check the preprocessing"
                 )
             histograms[name].add(array)
+            others = tuple(axis for axis in range(array.ndim) if axis != axes[name])
+            sums[name] = sums[name] + array.mean(axis=others, dtype=np.float64)
+        feeds_seen += 1
         done += data.batch
         if data.samples is not None:
             done = min(done, data.samples)
@@ -153,4 +176,10 @@ def calibrate(
             progress(done, data.samples)
     if done == 0:
         raise DataError("no calibration samples; give at least one")
-    return Calibration(histograms, done)
+    means = {name: np.atleast_1d(total / feeds_seen) for name, total in sums.items()}
+    return Calibration(histograms, done, means)
+
+
+def _channel_axis(graph: Graph, value: str) -> int:
+    convolved = any(node.op == "Conv" for node in graph.consumers(value))
+    return 1 if convolved else len(graph.shape(value)) - 1

@@ -119,6 +119,22 @@ def quantize_weights(weights: Array, bits: int | tuple[int, ...], axis: int) -> 
     )
 
 
+def conv_shift(error: Array, means: Array, groups: int) -> Array:
+    """What an error of the weights adds to the mean of each output, borders aside.
+
+    Args:
+        error: [O, I/groups, *kernel], rounded minus exact.
+        means: [I] of the input channels.
+        groups: of the convolution.
+
+    Returns:
+        float64 [O].
+    """
+    taps = error.reshape(groups, error.shape[0] // groups, error.shape[1], -1).sum(-1, np.float64)
+    shift: Array = np.einsum("goi,gi->go", taps, means.reshape(groups, -1)).reshape(-1)
+    return shift
+
+
 def _one_width(rows: Array, bits: int) -> tuple[Array, Array]:
     """int16 [O, K] and float32 [O] for float32 [O, K]."""
     if bits == 1:

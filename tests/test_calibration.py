@@ -33,6 +33,8 @@ def test_watches_inputs_and_computed_values() -> None:
     assert made.quantizer("r", 4).zero_point == 0
     assert made.quantizer("y", 4).zero_point > 0
     assert seen[-1] == (20, 20)
+    np.testing.assert_allclose(made.mean("x"), X.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(made.mean("y"), y.mean(axis=0), rtol=1e-5)
 
 
 def test_draws_the_asked_number_of_samples_by_seed() -> None:
@@ -52,6 +54,7 @@ def test_loads_what_it_saved(tmp_path: Path) -> None:
     for name in ("x", "r"):
         assert back.quantizer(name, 3) == made.quantizer(name, 3)
         np.testing.assert_array_equal(back.histogram(name).counts, made.histogram(name).counts)
+        np.testing.assert_array_equal(back.mean(name), made.mean(name))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -68,6 +71,8 @@ def test_unknown_values_are_named() -> None:
         calibrate(NET, open_data({"x": X}, NET), ["q"])
     with pytest.raises(DataError, match="'y' was not calibrated"):
         Calibration({"x": Histogram()}, 1).quantizer("y", 4)
+    with pytest.raises(DataError, match="'x' was not calibrated"):
+        Calibration({"x": Histogram()}, 1).mean("x")
 
 
 def test_an_overflow_of_the_model_is_named() -> None:
