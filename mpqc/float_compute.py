@@ -16,6 +16,7 @@ from tvm import te, tirx
 from mpqc.graph import Array
 
 BLOCK = 16  # output channels that are packed side by side: 1 zmm, 2 ymm or 4 neon registers
+LANES = 16  # partial sums of a row; the same on every machine, so that results are
 TREE_LEAVES = 16  # a sum of at most this many terms is one expression
 
 
@@ -268,6 +269,108 @@ def tree_finish(data: Any, axis: int, count: int) -> Any:
         return tree_sum(values) * factor
 
     return te.compute(tuple(shape), at, name="tree_mean")
+
+
+def row_sum(value: Callable[..., Any], lead: Sequence[int], n: int, name: str) -> Any:
+    """Sum ``value(*lead, k)`` over k < n in an order that vectors can follow.
+
+    Lane l of 16 adds the elements l, l + 16, ... in turn; a pairwise tree then joins the lanes
+    and the n % 16 last elements.
+    """
+    return _row_reduce(value, lead, n, name, te.sum, tree_sum)
+
+
+def row_max(value: Callable[..., Any], lead: Sequence[int], n: int, name: str) -> Any:
+    """Maximum of ``value(*lead, k)`` over k < n."""
+
+    def largest(values: Sequence[Any]) -> Any:
+        best = values[0]
+        for other in values[1:]:
+            best = te.max(best, other)
+        return best
+
+    return _row_reduce(value, lead, n, name, te.max, largest)
+
+
+def _row_reduce(
+    value: Callable[..., Any],
+    lead: Sequence[int],
+    n: int,
+    name: str,
+    combine: Callable[..., Any],
+    join: Callable[[Sequence[Any]], Any],
+) -> Any:
+    turns, rest = divmod(n, LANES)
+    leaves: Callable[..., list[Any]]
+    if turns > 1:
+        k = te.reduce_axis((0, turns), "k")
+        part = te.compute(
+            (*lead, LANES), lambda *i: combine(value(*i[:-1], k * LANES + i[-1]), axis=k),
+            name=f"{name}_lanes",
+        )  # fmt: skip
+        leaves = lambda *i: [part(*i, tirx.const(lane, "int64")) for lane in range(LANES)]  # noqa: E731
+        first = turns * LANES
+    else:
+        leaves = lambda *_: []  # noqa: E731
+        first, rest = 0, n
+    return te.compute(
+        tuple(lead),
+        lambda *i: join([*leaves(*i), *(value(*i, first + j) for j in range(rest))]),
+        name=name,
+        attrs={"mpqc.keep": 1},
+    )
+
+
+def softmax_terms(data: Any) -> list[Any]:
+    """exp(x - max) and its sum along the last axis."""
+    *lead, n = (int(d) for d in data.shape)
+    peak = row_max(lambda *i: data(*i), lead, n, "peak")
+    terms = te.compute(
+        data.shape, lambda *i: te.exp(data(*i) - peak(*i[:-1])), name="terms",
+        attrs={"mpqc.keep": 1},
+    )  # fmt: skip
+    return [terms, row_sum(lambda *i: terms(*i), lead, n, "total")]
+
+
+def divide_rows(terms: Any, total: Any) -> Any:
+    return te.compute(terms.shape, lambda *i: terms(*i) / total(*i[:-1]), name="softmax")
+
+
+def softmax(data: Any) -> Any:
+    """Along the last axis."""
+    return divide_rows(*softmax_terms(data))
+
+
+def layer_norm(data: Any, scale: Any, bias: Any | None, epsilon: float) -> Any:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias along the last axis."""
+    *lead, n = (int(d) for d in data.shape)
+    count, small = tirx.const(float(n), data.dtype), tirx.const(epsilon, data.dtype)
+    total = row_sum(lambda *i: data(*i), lead, n, "total")
+
+    def centred(*i: Any) -> Any:
+        return data(*i) - total(*i[:-1]) / count
+
+    squares = row_sum(lambda *i: centred(*i) * centred(*i), lead, n, "squares")
+    factor = te.compute(
+        tuple(lead), lambda *i: tirx.const(1.0, data.dtype) / te.sqrt(squares(*i) / count + small),
+        name="factor", attrs={"mpqc.keep": 1},
+    )  # fmt: skip
+
+    def out(*i: Any) -> Any:
+        value = centred(*i) * factor(*i[:-1]) * scale(i[-1])
+        return value if bias is None else value + bias(i[-1])
+
+    return te.compute(data.shape, out, name="layer_norm")
+
+
+def row_total(data: Any, mean: bool) -> Any:
+    """Sum or mean along the last axis, which is dropped."""
+    *lead, n = (int(d) for d in data.shape)
+    total = row_sum(lambda *i: data(*i), lead, n, "total")
+    if not mean:
+        return total
+    count = tirx.const(float(n), data.dtype)
+    return te.compute(tuple(lead), lambda *i: total(*i) / count, name="mean")
 
 
 def strided(data: Any, first: Sequence[int], stride: Sequence[int], shape: Sequence[int]) -> Any:

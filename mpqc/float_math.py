@@ -39,17 +39,25 @@ def expand_math(func: Any) -> Any:
 
 def exp(x: Any) -> Any:
     """2**n * p(r) with x = n ln 2 + r, n by truncation: floor is a library call on old chips."""
-    clamped = _clamp(x, _EXP_LOW, _EXP_HIGH)
-    half = tirx.Select(clamped < _f(0.0), _f(-0.5), _f(0.5))
-    whole = tirx.Cast("int32", clamped * _f(1.44269504088896341) + half)
-    n = tirx.Cast("float32", whole)
-    r = clamped - n * _f(0.693359375) - n * _f(-2.12194440e-4)
-    p = _horner(_EXP, r) * (r * r) + r + _f(1.0)
-    # two factors, since 2**128 is no float
-    first = tirx.shift_right(whole, tirx.const(1, "int32"))
-    y = p * _power(first) * _power(whole - first)
-    y = tirx.Select(x < _f(_EXP_LOW), _f(0.0), y)
-    return tirx.Select(x > _f(_EXP_HIGH), tirx.const(float("inf"), "float32"), y)
+
+    def of_whole(x: Any, clamped: Any, whole: Any) -> Any:
+        n = tirx.Cast("float32", whole)
+        # two factors, since 2**128 is no float
+        first = tirx.shift_right(whole, tirx.const(1, "int32"))
+        low = clamped - n * _f(0.693359375) - n * _f(-2.12194440e-4)
+        y = _let(low, lambda r: _horner(_EXP, r) * (r * r) + r + _f(1.0))
+        y = y * _power(first) * _power(whole - first)
+        y = tirx.Select(x < _f(_EXP_LOW), _f(0.0), y)
+        return tirx.Select(x > _f(_EXP_HIGH), tirx.const(float("inf"), "float32"), y)
+
+    def of_clamped(x: Any, clamped: Any) -> Any:
+        half = tirx.Select(clamped < _f(0.0), _f(-0.5), _f(0.5))
+        whole = tirx.Cast("int32", clamped * _f(1.44269504088896341) + half)
+        return _let(whole, lambda w: of_whole(x, clamped, w), "int32")
+
+    return _let(
+        x, lambda v: _let(_clamp(v, _EXP_LOW, _EXP_HIGH), lambda clamped: of_clamped(v, clamped))
+    )
 
 
 def sigmoid(x: Any) -> Any:
@@ -58,17 +66,18 @@ def sigmoid(x: Any) -> Any:
 
 def tanh(x: Any) -> Any:
     """A rational function on [-9, 9]; x itself where it is tiny."""
-    clamped = _clamp(x, -9.0, 9.0)
-    square = clamped * clamped
-    y = clamped * _horner(_TANH_P, square) / _horner(_TANH_Q, square)
-    return tirx.Select(tirx.abs(x) < _f(4e-4), x, y)
+
+    def of(v: Any) -> Any:
+        return tirx.Select(
+            tirx.abs(v) < _f(4e-4), v, _rational(_clamp(v, -9.0, 9.0), _TANH_P, _TANH_Q)
+        )
+
+    return _let(x, of)
 
 
 def erf(x: Any) -> Any:
     """A rational function on [-4, 4]."""
-    clamped = _clamp(x, -4.0, 4.0)
-    square = clamped * clamped
-    return clamped * _horner(_ERF_P, square) / _horner(_ERF_Q, square)
+    return _let(x, lambda v: _rational(_clamp(v, -4.0, 4.0), _ERF_P, _ERF_Q))
 
 
 _FUNCTIONS: Mapping[str, Callable[[Any], Any]] = {
@@ -90,6 +99,19 @@ def _clamp(x: Any, low: float, high: float) -> Any:
     """Selections rather than min and max, which may lose a NaN."""
     below = tirx.Select(x > _f(high), _f(high), x)
     return tirx.Select(x < _f(low), _f(low), below)
+
+
+def _rational(x: Any, p: Sequence[float], q: Sequence[float]) -> Any:
+    """x * p(x**2) / q(x**2)."""
+    return _let(
+        x, lambda v: _let(v * v, lambda square: v * _horner(p, square) / _horner(q, square))
+    )
+
+
+def _let(value: Any, body: Callable[[Any], Any], dtype: str = "float32") -> Any:
+    """The body with a name for the value, which a tree of expressions would repeat."""
+    name = tirx.Var("x", dtype)
+    return tirx.Let(name, value, body(name))
 
 
 def _horner(coefficients: Sequence[float], x: Any) -> Any:

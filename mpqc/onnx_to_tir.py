@@ -27,6 +27,7 @@ from mpqc.float_math import expand_math
 from mpqc.graph import Array, Graph, Node, TensorType
 
 OPAQUE, OUT_FUSABLE, INJECTIVE = 8, 4, 2  # Relax's op_pattern kinds
+SHORT_ROW = 240  # floats: TVM puts buffers from 1 KiB on the heap
 ALIAS_OPS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
 # Converted by the frontend into calls of a runtime library, or into shapes known at run time.
 PACKED_OPS = frozenset({
@@ -510,18 +511,76 @@ def _global_max_pool(b: _Builder, node: Node) -> list[Any] | None:
 
 
 def _reduce_mean(b: _Builder, node: Node) -> list[Any] | None:
-    """The mean over all spatial axes of [N, C, ...]; other axes are the frontend's."""
-    shape = b.graph.shape(node.inputs[0])
+    """The mean over all spatial axes of [N, C, ...], or along rows; others are the frontend's."""
+    rank = len(b.graph.shape(node.inputs[0]))
+    spatial = list(range(rank))[1:-1] if _layout(node) == "NHWC" else list(range(rank))[2:]
+    if rank >= 3 and _axes(b, node) == spatial:
+        return [_spatial_mean(b, node)]
+    return _row_total(b, node, mean=True)
+
+
+def _reduce_sum(b: _Builder, node: Node) -> list[Any] | None:
+    return _row_total(b, node, mean=False)
+
+
+def _axes(b: _Builder, node: Node) -> list[int] | None:
+    """Constant axes of a reduction, sorted; None where they are absent or not constant."""
     axes: Any = node.attrs.get("axes")
     if len(node.inputs) > 1 and node.inputs[1]:
         axes = b.array(node.inputs[1])
-    rank = len(shape)
-    if axes is None or rank < 3:
+    if axes is None:
         return None
-    spatial = list(range(rank))[1:-1] if _layout(node) == "NHWC" else list(range(rank))[2:]
-    if sorted(int(a) % rank for a in np.asarray(axes).reshape(-1)) != spatial:
+    rank = len(b.graph.shape(node.inputs[0]))
+    return sorted(int(a) % rank for a in np.asarray(axes).reshape(-1))
+
+
+def _is_float_row(b: _Builder, node: Node, axis: int) -> bool:
+    kind = b.graph.type(node.inputs[0])
+    return kind.dtype == "float32" and bool(kind.shape) and axis % len(kind.shape) == len(
+        kind.shape
+    ) - 1
+
+
+def _row_total(b: _Builder, node: Node, *, mean: bool) -> list[Any] | None:
+    axes = _axes(b, node)
+    if axes is None or len(axes) != 1 or not _is_float_row(b, node, axes[0]):
         return None
-    return [_spatial_mean(b, node)]
+    total = b.te(
+        compute.row_total, b.value(node.inputs[0]), mean,
+        pattern=OPAQUE, primfunc_name_hint="row_mean" if mean else "row_sum",
+    )  # fmt: skip
+    return [relax.op.reshape(total, b.graph.shape(node.output))]
+
+
+def _softmax(b: _Builder, node: Node) -> list[Any] | None:
+    """Long rows in two kernels, whose intermediate results are planned with all other buffers."""
+    default = -1 if b.graph.opset >= 13 else 1
+    if not _is_float_row(b, node, node.int_attr("axis", default)):
+        return None
+    data = b.value(node.inputs[0])
+    if b.graph.shape(node.inputs[0])[-1] <= SHORT_ROW:
+        return [b.te(compute.softmax, data, pattern=OPAQUE, primfunc_name_hint="softmax")]
+    parts = b.te(
+        compute.softmax_terms, data, pattern=OPAQUE, primfunc_name_hint="softmax_terms"
+    )
+    terms, total = (b.bb.emit(relax.TupleGetItem(parts, i)) for i in range(2))
+    return [b.te(
+        compute.divide_rows, terms, total, pattern=INJECTIVE, primfunc_name_hint="softmax"
+    )]  # fmt: skip
+
+
+def _layer_norm(b: _Builder, node: Node) -> list[Any] | None:
+    if not _is_float_row(b, node, node.int_attr("axis", -1)) or any(node.outputs[1:]):
+        return None
+    row = b.graph.shape(node.inputs[0])[-1:]
+    if any(b.graph.shape(name) != row for name in node.inputs[1:] if name):
+        return None
+    operands = [b.value(name) for name in node.inputs if name]
+    epsilon = float(node.attrs.get("epsilon", 1e-5))  # type: ignore[arg-type]
+    return [b.te(
+        lambda d, g, *c: compute.layer_norm(d, g, c[0] if c else None, epsilon),
+        *operands, pattern=OPAQUE, primfunc_name_hint="layer_norm",
+    )]  # fmt: skip
 
 
 def _spatial_mean(b: _Builder, node: Node) -> Any:
@@ -610,6 +669,9 @@ OWN: Mapping[str, Callable[[_Builder, Node], list[Any] | None]] = {
     "GlobalAveragePool": _global_average_pool,
     "GlobalMaxPool": _global_max_pool,
     "ReduceMean": _reduce_mean,
+    "ReduceSum": _reduce_sum,
+    "Softmax": _softmax,
+    "LayerNormalization": _layer_norm,
     "MatMul": _matmul,
     "Gemm": _gemm,
 }

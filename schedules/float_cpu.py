@@ -150,8 +150,12 @@ def _spatial_nest(s: Any, block: Any, facts: Facts) -> None:
     extent = _extent(s, inner)
     if extent > lanes and extent % lanes == 0:
         outer, vector = s.split(inner, [None, lanes])
+        if loops and _gathers(s, block):  # the lines read by a vector serve the next rows too
+            s.reorder(outer, loops[-1])
+            loops.insert(-1, outer)
+        else:
+            loops.append(outer)
         s.vectorize(vector)
-        loops.append(outer)
     elif extent <= lanes and extent > 1 and loops:
         s.vectorize(inner)
     elif extent > 4 * lanes and not loops:
@@ -173,7 +177,8 @@ def reduction(s: Any, facts: Facts) -> Any:
     if not any(_is_reduction(s, block) for block in blocks):
         return None
     for block in blocks:
-        if not _is_reduction(s, block):
+        kept = "mpqc.keep" in s.get(block).annotations or len(s.get_consumers(block)) > 1
+        if not kept and not _is_reduction(s, block):
             _try(s.compute_inline, block)
     blocks = _blocks(s)
     if len(blocks) > 1 and _row_by_row(s, blocks, facts):
@@ -187,27 +192,36 @@ def reduction(s: Any, facts: Facts) -> Any:
 
 
 def _row_by_row(s: Any, blocks: list[Any], facts: Facts) -> bool:
-    """Fuse a chain at the outer axes that every block shares as leading spatial axes."""
+    """Run a chain in one loop over the leading axes that all its blocks share."""
     last = blocks[-1]
     if _is_reduction(s, last):
         return False
-    shared = min(_leading(s, block) for block in blocks)
     loops = s.get_loops(last)
-    for block in blocks[:-1]:
-        for mine, theirs in zip(s.get_loops(block)[:shared], loops[:shared], strict=True):
-            if _extent(s, mine) != _extent(s, theirs):
-                shared = min(shared, [x.same_as(theirs) for x in loops].index(True))
-    if shared == 0 or len(loops) <= shared:
+    shared = min(_leading(s, block) for block in blocks)
+    extents = [_extent(s, loop) for loop in loops]
+    for block in blocks:
+        mine = [_extent(s, loop) for loop in s.get_loops(block)]
+        while mine[:shared] != extents[:shared]:
+            shared -= 1
+    if shared == 0:
         return False
     outer = s.fuse(*loops[:shared]) if shared > 1 else loops[0]
     for block in reversed(blocks[:-1]):
-        s.compute_at(block, outer)
+        s.compute_at(block, outer, preserve_unit_loops=True)
     for block in blocks:
         inner = s.get_loops(block)[1:]
-        if _is_reduction(s, block):
+        kinds = [v.iter_type for v in s.get(block).iter_vars][-len(inner) :] if inner else []
+        lanes = facts.lanes(_dtype(s, block))
+        if not inner:
             continue
-        if inner and _extent(s, inner[-1]) % facts.lanes(_dtype(s, block)) == 0:
-            _vectorise(s, inner[-1], facts.lanes(_dtype(s, block)))
+        if not _is_reduction(s, block):
+            if _extent(s, inner[-1]) % lanes == 0:
+                _vectorise_long(s, inner[-1], lanes)
+        elif kinds[-2:] == [0, 2] and _extent(s, inner[-2]) % lanes == 0:
+            lane, k = inner[-2:]
+            s.reorder(k, lane)
+            _vectorise(s, lane, lanes)
+            s.decompose_reduction(block, k)
     if facts.cores > 1 and _extent(s, outer) > 1:
         s.parallel(outer)
     return True
@@ -320,6 +334,15 @@ def _contiguous(s: Any, block: Any) -> bool:
     )
 
 
+def _gathers(s: Any, block: Any) -> bool:
+    """Whether some buffer has the block's last axis in another place than its last index."""
+    body = s.get(block)
+    axis = body.iter_vars[-1].var
+    return any(
+        any(r.min.same_as(axis) for r in list(region.region)[:-1]) for region in body.reads
+    )
+
+
 def _try(move: Callable[..., Any], *args: Any) -> bool:
     try:
         move(*args)
@@ -360,6 +383,13 @@ def _vectorise(s: Any, loop: Any, lanes: int) -> None:
         s.vectorize(inner)
     elif 1 < extent <= lanes:
         s.vectorize(loop)
+
+
+def _vectorise_long(s: Any, loop: Any, lanes: int) -> None:
+    """Vectors under a plain loop."""
+    if _extent(s, loop) > lanes:
+        _, loop = s.split(loop, [None, lanes])
+    s.vectorize(loop)
 
 
 def _parallel(s: Any, loops: list[Any], work: int, facts: Facts) -> None:
