@@ -202,7 +202,9 @@ def main() -> None:
             continue
         graph = Graph.parse(text)
         moved = channels_last(graph)
-        feeds = {v: rng.standard_normal(k.shape).astype(np.float32) for v, k in graph.inputs.items()}
+        feeds = {
+            v: rng.standard_normal(k.shape).astype(np.float32) for v, k in graph.inputs.items()
+        }
         last = {
             v: np.ascontiguousarray(np.moveaxis(x, 1, -1)) if moved is not graph else x
             for v, x in feeds.items()

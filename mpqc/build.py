@@ -23,8 +23,8 @@ from tvm import tirx
 
 from mpqc.errors import ArtifactError, EnvironmentLacks
 from mpqc.graph import TensorType
-from mpqc.program import MemoryPlan, Program, plan_memory
-from mpqc.target import Target, llvm_target
+from mpqc.program import MemoryPlan, Program
+from mpqc.target import Target, llvm_target, native
 
 CSRC = Path(__file__).parent / "csrc"
 MOST_TENSORS = 256
@@ -54,13 +54,11 @@ class Built:
 
     Attributes:
         library: path of the shared library.
-        memory: where temporaries lie.
         weight_bytes: constants inside.
         code_bytes: size of the kernels' object.
     """
 
     library: Path
-    memory: MemoryPlan
     weight_bytes: int
     code_bytes: int
 
@@ -87,11 +85,14 @@ def find_compiler(target: Target, host_arch: str) -> list[str]:
     )
 
 
-def build(program: Program, target: Target, manifest: Mapping[str, Any], output: Path) -> Built:
+def build(
+    program: Program, memory: MemoryPlan, target: Target, manifest: Mapping[str, Any], output: Path
+) -> Built:
     """Compile and link.
 
     Args:
         program: lowered and scheduled.
+        memory: where its temporaries lie.
         target: machine.
         manifest: embedded as JSON.
         output: the shared library to write.
@@ -100,10 +101,7 @@ def build(program: Program, target: Target, manifest: Mapping[str, Any], output:
         EnvironmentLacks: no C compiler.
         ArtifactError: the compiler refused; its message is included.
     """
-    from mpqc.target import native
-
     compiler = find_compiler(target, native().arch)
-    memory = plan_memory(program)
     with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
         work = Path(folder)
         objects = _compile_kernels(program, target, work)
@@ -124,7 +122,7 @@ def build(program: Program, target: Target, manifest: Mapping[str, Any], output:
         code = sum(path.stat().st_size for path in objects)
         shutil.copyfile(work / "model.so", output)
     output.chmod(0o755)
-    return Built(output, memory, size, code)
+    return Built(output, size, code)
 
 
 # ------------------------------------------------------------------------------------- kernels
@@ -225,7 +223,7 @@ def _model_source(
     program: Program, memory: MemoryPlan, weights: Mapping[str, int], target: Target
 ) -> str:
     inputs = {name: index for index, name in enumerate(program.inputs)}
-    outputs = {name: index for index, name in enumerate(program.outputs)}
+    outputs = {program.results[name]: index for index, name in enumerate(program.outputs)}
     if max(len(inputs), len(outputs)) > MOST_TENSORS:
         raise ArtifactError(f"more than {MOST_TENSORS} inputs or outputs")
 

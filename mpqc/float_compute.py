@@ -48,9 +48,7 @@ def register_rows(extent: int, limit: int) -> int:
     The cost of a tile of t rows is taken as t + 1.5: t multiply-adds per weight vector loaded.
     """
     limit = max(1, limit)
-    return min(
-        range(1, min(limit, extent) + 1), key=lambda t: (ceil(extent / t) * (t + 1.5), -t)
-    )
+    return min(range(1, min(limit, extent) + 1), key=lambda t: (ceil(extent / t) * (t + 1.5), -t))
 
 
 def pack_weights(weight: Array, groups: int) -> Array:
@@ -80,9 +78,7 @@ def pad(data: Any, before: Sequence[int], shape: Sequence[int], value: float) ->
         source = [i - b for i, b in zip(index, before, strict=True)]
         inside = [
             condition
-            for i, s, b, size, extent in zip(
-                index, source, before, data.shape, shape, strict=True
-            )
+            for i, s, b, size, extent in zip(index, source, before, data.shape, shape, strict=True)
             for condition in _within(i, s, b, int(size), extent)
         ]
         return te.if_then_else(te.all(*inside), data(*source), fill) if inside else data(*source)
@@ -198,8 +194,7 @@ def average_pool(data: Any, window: Window, layout: str, include_pad: bool) -> A
         for a in range(len(sizes))
     )
     ceiled = any(
-        window.position(a, window.output[a] - 1, window.kernel[a] - 1)
-        >= sizes[a] + window.after[a]
+        window.position(a, window.output[a] - 1, window.kernel[a] - 1) >= sizes[a] + window.after[a]
         for a in range(len(sizes))
     )
 
@@ -251,9 +246,7 @@ def tree_halve(data: Any, axis: int) -> Any:
         other[axis] = index[axis] + half
         if n == 2 * half:
             return data(*index) + data(*other)
-        return te.if_then_else(
-            index[axis] < n - half, data(*index) + data(*other), data(*index)
-        )
+        return te.if_then_else(index[axis] < n - half, data(*index) + data(*other), data(*index))
 
     return te.compute(tuple(shape), at, name="tree_halve")
 
@@ -414,9 +407,7 @@ def one_hot(data: Any, axis: int, depth: int, off: Any, on: Any, dtype: str) -> 
     return te.compute(tuple(shape), at, name="one_hot")
 
 
-def matmul(
-    data: Any, weight: Any, bias: Any | None, outs: int, height: int, rows: int
-) -> Any:
+def matmul(data: Any, weight: Any, bias: Any | None, outs: int, height: int, rows: int) -> Any:
     """data [..., M', K] @ packed weight [N/b, K, b] (+ bias [N]) -> [..., M, N].
 
     M' is ``height`` = M rounded up to a multiple of ``rows``, the register tile.

@@ -435,24 +435,17 @@ class _Lowering:
     # -- outputs and taps
 
     def _outputs(self) -> None:
+        """Give every graph output a buffer of its own: what the caller's pointer stands for."""
         program = self.program
-        for index, name in enumerate(self.graph.outputs):
+        for name in self.graph.outputs:
             kind = self.graph.type(name)
-            root = program.root(name) if name not in self.graph.constants else name
-            shared = root in program.inputs or root in program.constants
-            if name in self.graph.constants or name in program.inputs or shared or (
-                root in program.outputs
-            ):
-                self._value(name)
-                copy = f"{name}.out{index}"
-                self._copy(root if name not in self.graph.constants else name, copy, kind)
-                program.outputs[copy] = kind
-                continue
-            if root != name:  # the buffer behind an alias is what the caller gets
-                program.buffers[root] = program.buffers[root]
-                program.outputs[root] = kind
-                continue
+            buffer = program.root(self._value(name))
+            taken = buffer in program.inputs or buffer in program.results.values()
+            if taken or buffer in program.constants:
+                source, buffer = buffer, f"{name}.copy"
+                self._copy(source, buffer, kind)
             program.outputs[name] = kind
+            program.results[name] = buffer
 
     def _copy(self, source: str, result: str, kind: TensorType) -> None:
         size = max(1, prod(kind.shape))

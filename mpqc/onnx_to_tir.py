@@ -91,9 +91,7 @@ def supported(op: str, domain: str = "") -> bool:
     return op in OWN or op in _converters()
 
 
-def unsupported(
-    nodes: Iterable[Node], graph: Graph | None = None
-) -> list[tuple[Node, str]]:
+def unsupported(nodes: Iterable[Node], graph: Graph | None = None) -> list[tuple[Node, str]]:
     """Every node that ``convert_region`` would refuse, with the reason.
 
     Args:
@@ -273,7 +271,9 @@ class _Builder:
         if isinstance(result, relax.Tuple):
             return list(result.fields)
         if isinstance(result.ty, relax.TupleType):
-            return [self.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(result.ty.fields))]
+            return [
+                self.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(result.ty.fields))
+            ]
         return [result]
 
     def _checked(self, node: Node, value: str, expr: Any) -> Any:
@@ -315,7 +315,9 @@ def _alias(b: _Builder, node: Node) -> list[Any] | None:
 
 def _shape(b: _Builder, node: Node) -> list[Any]:
     dims = b.graph.shape(node.inputs[0])
-    return [b.constant(np.array(dims, np.int64)[node.int_attr("start", 0) :][: node.attrs.get("end")])]
+    return [
+        b.constant(np.array(dims, np.int64)[node.int_attr("start", 0) :][: node.attrs.get("end")])
+    ]
 
 
 def _size(b: _Builder, node: Node) -> list[Any]:
@@ -468,7 +470,9 @@ def _padded(b: _Builder, data: Any, window: Window, rows: int, layout: str) -> A
         out = window.output[axis]
         if axis == last:
             out = ceil(out / rows) * rows
-        reach = (out - 1) * window.strides[axis] + (window.kernel[axis] - 1) * window.dilations[axis]
+        reach = (out - 1) * window.strides[axis] + (window.kernel[axis] - 1) * window.dilations[
+            axis
+        ]
         before[first + axis] = window.before[axis]
         padded[first + axis] = max(reach + 1, shape[first + axis] + window.before[axis])
     if padded == shape:
@@ -536,9 +540,11 @@ def _axes(b: _Builder, node: Node) -> list[int] | None:
 
 def _is_float_row(b: _Builder, node: Node, axis: int) -> bool:
     kind = b.graph.type(node.inputs[0])
-    return kind.dtype == "float32" and bool(kind.shape) and axis % len(kind.shape) == len(
-        kind.shape
-    ) - 1
+    return (
+        kind.dtype == "float32"
+        and bool(kind.shape)
+        and axis % len(kind.shape) == len(kind.shape) - 1
+    )
 
 
 def _row_total(b: _Builder, node: Node, *, mean: bool) -> list[Any] | None:
@@ -560,9 +566,7 @@ def _softmax(b: _Builder, node: Node) -> list[Any] | None:
     data = b.value(node.inputs[0])
     if b.graph.shape(node.inputs[0])[-1] <= SHORT_ROW:
         return [b.te(compute.softmax, data, pattern=OPAQUE, primfunc_name_hint="softmax")]
-    parts = b.te(
-        compute.softmax_terms, data, pattern=OPAQUE, primfunc_name_hint="softmax_terms"
-    )
+    parts = b.te(compute.softmax_terms, data, pattern=OPAQUE, primfunc_name_hint="softmax_terms")
     terms, total = (b.bb.emit(relax.TupleGetItem(parts, i)) for i in range(2))
     return [b.te(
         compute.divide_rows, terms, total, pattern=INJECTIVE, primfunc_name_hint="softmax"
@@ -594,9 +598,7 @@ def _spatial_mean(b: _Builder, node: Node) -> Any:
         flat, axis = (shape[0] * shape[1], count), 1
     data = b.bb.emit(relax.op.reshape(b.value(node.inputs[0]), flat))
     while int(data.ty.shape[axis]) > compute.TREE_LEAVES:
-        data = b.te(
-            compute.tree_halve, data, axis, pattern=OPAQUE, primfunc_name_hint="tree_halve"
-        )
+        data = b.te(compute.tree_halve, data, axis, pattern=OPAQUE, primfunc_name_hint="tree_halve")
     mean = b.te(
         compute.tree_finish, data, axis, count, pattern=OPAQUE, primfunc_name_hint="tree_mean"
     )
@@ -775,6 +777,7 @@ class _Walk:
                 rename[buffer] = output
             else:
                 aliases[output] = rename.get(buffer, buffer)
+
         def name(buffer: str) -> str:
             return rename.get(buffer, buffer)
 

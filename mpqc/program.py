@@ -78,6 +78,7 @@ class Program:
 
     Attributes:
         inputs, outputs: name -> type as the model states them (channels first).
+        results: output name -> buffer that holds it; each its own.
         buffers: name -> type of every buffer: inputs, outputs, temporaries.
         aliases: name -> buffer whose bytes it shares.
         constants: name -> array; prepacked weights, scales.
@@ -87,6 +88,7 @@ class Program:
 
     inputs: dict[str, TensorType] = field(default_factory=dict)
     outputs: dict[str, TensorType] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, TensorType] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
@@ -131,7 +133,7 @@ def plan_memory(program: Program) -> MemoryPlan:
             root = program.root(name)
             first.setdefault(root, index)
             last[root] = index
-    external = {program.root(name) for name in (*program.inputs, *program.outputs)}
+    external = {program.root(name) for name in (*program.inputs, *program.results.values())}
     names = [n for n in first if n not in program.constants and n not in external]
     need = {n: _round_up(program.buffers[n].nbytes) for n in names}
     live = [

@@ -92,7 +92,9 @@ def register_tile(s: Any, facts: Facts) -> Any:
     b = _extent(s, lane)
     blocks_of_out = _extent(s, ob)
     wide = max(1, b * 32 // facts.vector_bits)
-    limit = max(1, (14 if facts.vector_bits >= 512 else 12 if facts.vector_bits == 256 else 20) // wide)
+    limit = max(
+        1, (14 if facts.vector_bits >= 512 else 12 if facts.vector_bits == 256 else 20) // wide
+    )
     abreast = max(f for f in range(1, max(1, limit // rows) + 1) if blocks_of_out % f == 0)
     ob_out, ob_in = s.split(ob, [None, abreast])
     row_out, row_in = s.split(row, [None, rows])
@@ -338,9 +340,7 @@ def _gathers(s: Any, block: Any) -> bool:
     """Whether some buffer has the block's last axis in another place than its last index."""
     body = s.get(block)
     axis = body.iter_vars[-1].var
-    return any(
-        any(r.min.same_as(axis) for r in list(region.region)[:-1]) for region in body.reads
-    )
+    return any(any(r.min.same_as(axis) for r in list(region.region)[:-1]) for region in body.reads)
 
 
 def _try(move: Callable[..., Any], *args: Any) -> bool:
@@ -404,4 +404,3 @@ def _parallel(s: Any, loops: list[Any], work: int, facts: Facts) -> None:
             break
     if pieces > 1:
         s.parallel(s.fuse(*taken) if len(taken) > 1 else taken[0])
-

@@ -155,9 +155,7 @@ def single_node(case: tuple[str, list[Any], dict[int, Any], dict[str, Any], int]
             [node],
             op,
             [
-                helper.make_tensor_value_info(
-                    n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape
-                )
+                helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
                 for n, a in feeds.items()
             ],
             [onnx.ValueInfoProto(name=name) for name in outputs],

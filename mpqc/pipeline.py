@@ -1,0 +1,282 @@
+"""The compiler on one page: import, calibrate, quantize, lower, build."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mpqc import importer
+from mpqc.artifact import MANIFEST, PLAN, REFERENCE, REPORT, LIBRARY, Artifact, new_folder, write_json
+from mpqc.calibration import Calibration, calibrate
+from mpqc.data import Data
+from mpqc.errors import UsageError
+from mpqc.graph import Graph, Precision
+from mpqc.histogram import Method
+from mpqc.onnx_export import to_onnx
+from mpqc.passes.base import Callback, run
+from mpqc.passes.channels_last import ChannelsLast
+from mpqc.passes.commute_quantize import CommuteQuantize
+from mpqc.passes.drop_dead import DropDead
+from mpqc.passes.estimate_cost import estimate_cost
+from mpqc.passes.find_layers import find_float_layers, find_layers
+from mpqc.passes.fold_batch_norm import FoldBatchNorm
+from mpqc.passes.fold_bias import FoldBias
+from mpqc.passes.fold_pad import FoldPad
+from mpqc.passes.fuse_requantize import FuseRequantize
+from mpqc.passes.quantize_layers import QuantizeLayers, tensors_to_calibrate
+from mpqc.plan import Plan
+from mpqc.program import LayerRecord, MemoryPlan, Program, plan_memory
+from mpqc.target import Target
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compilation depends on beside model, plan and data.
+
+    Attributes:
+        target: machine to build for.
+        kernel: "auto" or the kind to force.
+        method: how activation ranges are clipped.
+        max_samples: of calibration data.
+        seed: of the calibration sample.
+        strict: a layer that does not run as planned is an error.
+    """
+
+    target: Target
+    kernel: str = "auto"
+    method: Method = "mse"
+    max_samples: int | None = 256
+    seed: int = 0
+    strict: bool = False
+
+
+def import_model(
+    path: str | Path, dims: Mapping[str, int] | None = None, batch: int = 1,
+    callback: Callback | None = None,
+) -> Graph:
+    """ONNX file to float graph: static shapes, BatchNorm and pads folded."""
+    graph = importer.load(path, dims, batch)
+    return run(
+        graph, FoldBatchNorm(), FoldPad(), FoldBias(), DropDead(), callback=callback
+    )
+
+
+def calibrate_plan(
+    graph: Graph, plan: Plan, data: Data | None, options: Options,
+    progress: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Histograms of every tensor that the plan quantizes."""
+    tensors = tensors_to_calibrate(graph, plan)
+    if not tensors:
+        return Calibration({})
+    if data is None:
+        raise UsageError("quantizing needs calibration data: give --data")
+    return calibrate(
+        graph, data, tensors, max_samples=options.max_samples, seed=options.seed, progress=progress
+    )
+
+
+def quantize(
+    graph: Graph, plan: Plan, calibration: Calibration, method: Method = "mse",
+    callback: Callback | None = None,
+) -> Graph:
+    """Float graph and plan to the exact integer graph that everything after computes."""
+    return run(
+        graph,
+        QuantizeLayers(plan, calibration, method),
+        FuseRequantize(),
+        CommuteQuantize(),
+        DropDead(),
+        callback=callback,
+    )
+
+
+def lower(quantized: Graph, plan: Plan | None, options: Options) -> Program:
+    """Integer graph to scheduled kernels and the steps that call them."""
+    from mpqc import lowering
+    from mpqc.select_kernel import Selector
+
+    kernels = {name: layer.kernel for name, layer in plan.layers.items()} if plan else {}
+    last = run(quantized, ChannelsLast(), DropDead())
+    return lowering.lower(last, options.target, Selector(options.target, options.kernel, kernels))
+
+
+def compile_model(
+    model: str | Path,
+    output: str | Path,
+    options: Options,
+    *,
+    plan: Plan | None = None,
+    bits: Precision | None = None,
+    ends: Precision | None = Precision(8, 8),  # noqa: B008 - frozen
+    data: Data | None = None,
+    dims: Mapping[str, int] | None = None,
+    batch: int = 1,
+    force: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda _: None,
+    calibration_progress: Callable[[int], None] | None = None,
+) -> Artifact:
+    """Compile an ONNX model into an artifact folder.
+
+    Args:
+        model: ONNX file.
+        output: folder to create.
+        options: target and numeric choices.
+        plan: widths of every layer; or
+        bits: one width for the body, ``ends`` for the first layers and the classifier.
+        ends: None gives them the body's width.
+        data: calibration data; needed when something is quantized.
+        dims: values of symbolic dimensions.
+        batch: size of the batch dimension.
+        force: accept a plan of another model where the names fit.
+        overwrite: replace an artifact at ``output``.
+        progress: called with each phase's name.
+        calibration_progress: called with the number of samples seen.
+
+    Raises:
+        MpqcError: see the children for whose fault it is; nothing is left at ``output``.
+    """
+    clock = _Clock(progress)
+    with new_folder(Path(output), overwrite) as folder:
+        clock("import")
+        graph = import_model(model, dims, batch)
+        sha256 = importer.sha256(model)
+        if plan is None:
+            plan = Plan.of(graph, {}, model_sha256=sha256)
+            if bits is not None:
+                plan = Plan.uniform(graph, bits, ends, model_sha256=sha256)
+        plan.check(graph, sha256, force)
+        clock("calibrate")
+        calibration = calibrate_plan(graph, plan, data, options, calibration_progress)
+        clock("quantize")
+        quantized = quantize(graph, plan, calibration, options.method)
+        (folder / REFERENCE).write_bytes(to_onnx(quantized))
+        clock("lower")
+        program = lower(quantized, plan, options)
+        layers = _all_layers(graph, program)
+        _check_strict(layers, options)
+        clock("build")
+        from mpqc.build import build
+
+        memory = plan_memory(program)
+        manifest = _manifest(Path(model), sha256, graph, program, memory, layers, options)
+        built = build(program, memory, options.target, manifest, folder / LIBRARY)
+        clock("done")
+        write_json(folder / MANIFEST, manifest)
+        plan.save(folder / PLAN)
+        cost = estimate_cost(graph, plan)
+        write_json(folder / REPORT, {
+            "model": str(Path(model).resolve()),
+            "model_sha256": sha256,
+            "dims": dict(dims or {}),
+            "batch": batch,
+            "cost": {"bitops": cost.bitops, "size": cost.size, "scale_bytes": cost.scale_bytes,
+                     "bias_bytes": cost.bias_bytes},
+            "bytes": {"library": built.library.stat().st_size, "weights": built.weight_bytes,
+                      "arena": memory.size, "arena_lower_bound": memory.lower_bound},
+            "seconds": clock.seconds,
+        })  # fmt: skip
+    return Artifact(Path(output))
+
+
+def _all_layers(graph: Graph, program: Program) -> list[LayerRecord]:
+    """Layers in the model's order: what the kernels run, and what stayed float and why."""
+    run_ = {record.name: record for record in program.layers}
+    records = []
+    macs = {layer.name: layer.macs for layer in find_layers(graph)}
+    reasons = {layer.name: layer.reason for layer in find_float_layers(graph)}
+    for node in graph:
+        if node.name in run_:
+            records.append(run_[node.name])
+        elif node.name in macs:
+            records.append(LayerRecord(node.name, None, None, "float", macs=macs[node.name],
+                                       reason="the plan leaves it in float"))  # fmt: skip
+        elif node.name in reasons:
+            records.append(LayerRecord(node.name, None, None, "float", reason=reasons[node.name]))
+    return records
+
+
+def _check_strict(layers: Sequence[LayerRecord], options: Options) -> None:
+    if not options.strict:
+        return
+    fallbacks = [f"{layer.name} ({layer.reason})" for layer in layers if layer.reason]
+    if fallbacks:
+        raise UsageError(f"--strict: these layers do not run as planned: {'; '.join(fallbacks)}")
+
+
+def _manifest(
+    model: Path,
+    sha256: str,
+    graph: Graph,
+    program: Program,
+    memory: MemoryPlan,
+    layers: Sequence[LayerRecord],
+    options: Options,
+) -> dict[str, Any]:
+    target = options.target
+    return {
+        "mpqc_manifest": 1,
+        "model": {"file": model.name, "sha256": sha256},
+        "target": {"name": target.name, "arch": target.arch, "llvm": target.llvm,
+                   "features": sorted(target.features)},
+        "inputs": {n: {"dtype": t.dtype, "shape": t.shape} for n, t in program.inputs.items()},
+        "outputs": {n: {"dtype": t.dtype, "shape": t.shape} for n, t in program.outputs.items()},
+        "layers": [asdict(layer) for layer in layers],
+        "fallbacks": sum(bool(layer.reason) for layer in layers),
+        "kernel": options.kernel,
+        "steps": [{"label": s.label, "kind": s.kind, "kernel": s.kernel} for s in program.steps],
+        "taps": _taps(program, memory),
+        "memory": {"arena": memory.size, "lower_bound": memory.lower_bound},
+        "calibration": {"method": options.method, "max_samples": options.max_samples,
+                        "seed": options.seed},
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def _taps(program: Program, memory: MemoryPlan) -> dict[str, Any]:
+    """Where verification finds intermediate values; inputs and outputs are seen anyway."""
+    taps = {}
+    for value, tap in program.taps.items():
+        root = program.root(tap.buffer)
+        if root not in memory.offsets:
+            continue
+        kind = program.buffers[root]
+        taps[value] = {
+            "offset": memory.offsets[root], "form": tap.form, "dtype": kind.dtype,
+            "shape": tap.shape, "perm": tap.perm, "bits": tap.bits, "step": tap.step,
+        }  # fmt: skip
+    return taps
+
+
+def versions() -> dict[str, str]:
+    """Of everything that shapes the generated code."""
+    names = ("mpqc", "apache-tvm", "apache-tvm-ffi", "onnx", "onnxruntime", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "source tree"
+    return found
+
+
+class _Clock:
+    """Phase times [s], told to the progress callback as they start."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._phase, self._start = progress, "", 0.0
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, phase: str) -> None:
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] = round(now - self._start, 3)
+        self._phase, self._start = phase, now
+        self._progress(phase)
+
