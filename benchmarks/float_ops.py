@@ -24,19 +24,25 @@ ROUNDS, RUNS = 5, 5
 
 
 def conv(channels: int, size: int, outs: int, kernel: int, stride: int, groups: int = 1) -> str:
+    """A convolution with Relu as text."""
     pad = kernel // 2
     out = (size + 2 * pad - kernel) // stride + 1
+    attrs = (
+        f"kernel_shape=[{kernel},{kernel}], pads=[{pad},{pad},{pad},{pad}],"
+        f" strides=[{stride},{stride}], group={groups}"
+    )
     return f"""
         %x = Input() : f32[1,{channels},{size},{size}]
         %w = Constant() : f32[{outs},{channels // groups},{kernel},{kernel}]
         %b = Constant() : f32[{outs}]
-        %c = Conv(%x, %w, %b) {{kernel_shape=[{kernel},{kernel}], pads=[{pad},{pad},{pad},{pad}], strides=[{stride},{stride}], group={groups}}} : f32[1,{outs},{out},{out}]
+        %c = Conv(%x, %w, %b) {{{attrs}}} : f32[1,{outs},{out},{out}]
         %y = Relu(%c) : f32[1,{outs},{out},{out}]
         return %y
     """
 
 
 def unary(op: str, shape: str, attrs: str = "") -> str:
+    """An operator of one operand as text."""
     return f"%x = Input() : {shape}\n%y = {op}(%x) {attrs} : {shape}\nreturn %y"
 
 
@@ -174,6 +180,7 @@ def ours(graph: Graph, feeds: dict[str, Any], bits: int) -> tuple[Callable[[], N
 
 
 def theirs(graph: Graph, feeds: dict[str, Any]) -> tuple[Callable[[], Any], Any]:
+    """A function that runs ONNX Runtime, and its result."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(onnx_export.to_onnx(graph), options)
@@ -191,6 +198,7 @@ def fastest(run: Callable[[], Any]) -> float:
 
 
 def main() -> None:
+    """Print one line for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vector-bits", type=int, default=native().vector_bits)
     parser.add_argument("--only", default="")

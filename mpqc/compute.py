@@ -282,11 +282,15 @@ def pack_groups(codes: te.Tensor, groups: int, bits: int) -> te.Tensor:
 
 
 def requantize(value: Expr, zero_point: int, low: int, high: int) -> Expr:
-    """float32 -> uint8 code: ``clip(rint(value) + zero_point, low, high)``."""
-    code = tirx.nearbyint(value)
-    if zero_point:
-        code = code + literal(zero_point)
-    return clip(code, low, high).astype("int32").astype("uint8")
+    """float32 -> uint8 code: ``clip(rint(value) + zero_point, low, high)``.
+
+    Clipped first, which commutes with rounding. Adding 1.5 * 2**23 then leaves the integer, rounded
+    half to even by the addition itself, in the low bits of the float: no rounding instruction, and
+    the same bits on every machine.
+    """
+    bounded = clip(value, low - zero_point, high - zero_point)
+    code = tirx.reinterpret("int32", bounded + literal(1.5 * 2**23)).astype("uint8")
+    return code + tirx.const(zero_point, "uint8") if zero_point else code
 
 
 def literal(value: float) -> Expr:

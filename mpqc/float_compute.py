@@ -112,6 +112,10 @@ def convolution(
             ``rows``.
         weight: [O/b, *kernel, I/g, b].
         bias: [O] or None.
+        window: its padding has been applied already.
+        outs: O.
+        groups: the channels of a group lie side by side.
+        layout: of data and result.
         rows: the register tile along the last spatial axis.
     """
     rank = len(window.kernel)
@@ -326,6 +330,7 @@ def softmax_terms(data: Any) -> list[Any]:
 
 
 def divide_rows(terms: Any, total: Any) -> Any:
+    """The last step of a softmax."""
     return te.compute(terms.shape, lambda *i: terms(*i) / total(*i[:-1]), name="softmax")
 
 
@@ -408,7 +413,7 @@ def one_hot(data: Any, axis: int, depth: int, off: Any, on: Any, dtype: str) -> 
 
 
 def matmul(data: Any, weight: Any, bias: Any | None, outs: int, height: int, rows: int) -> Any:
-    """data [..., M', K] @ packed weight [N/b, K, b] (+ bias [N]) -> [..., M, N].
+    """Product of data [..., M', K] and packed weight [N/b, K, b], + bias [N]: [..., M, N].
 
     M' is ``height`` = M rounded up to a multiple of ``rows``, the register tile.
     """

@@ -61,6 +61,7 @@ def exp(x: Any) -> Any:
 
 
 def sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(-x))."""
     return _f(1.0) / (_f(1.0) + exp(_f(0.0) - x))
 
 
@@ -102,7 +103,7 @@ def _clamp(x: Any, low: float, high: float) -> Any:
 
 
 def _rational(x: Any, p: Sequence[float], q: Sequence[float]) -> Any:
-    """x * p(x**2) / q(x**2)."""
+    """The odd function x * p(x**2) / q(x**2)."""
     return _let(
         x, lambda v: _let(v * v, lambda square: v * _horner(p, square) / _horner(q, square))
     )

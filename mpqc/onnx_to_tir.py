@@ -593,9 +593,10 @@ def _spatial_mean(b: _Builder, node: Node) -> Any:
     shape = b.graph.shape(node.inputs[0])
     count = prod(_spatial(shape, layout))
     if layout == "NHWC":
-        flat, axis = (shape[0], count, shape[-1]), 1
+        flat: tuple[int, ...] = (shape[0], count, shape[-1])
     else:
-        flat, axis = (shape[0] * shape[1], count), 1
+        flat = (shape[0] * shape[1], count)
+    axis = 1
     data = b.bb.emit(relax.op.reshape(b.value(node.inputs[0]), flat))
     while int(data.ty.shape[axis]) > compute.TREE_LEAVES:
         data = b.te(compute.tree_halve, data, axis, pattern=OPAQUE, primfunc_name_hint="tree_halve")

@@ -62,7 +62,7 @@ def import_model(
     """ONNX file to float graph: static shapes, BatchNorm and pads folded."""
     graph = importer.load(path, dims, batch)
     return run(
-        graph, FoldBatchNorm(), FoldPad(), FoldBias(), DropDead(), callback=callback
+        graph, FoldBatchNorm(), FoldPad(), DropDead(), callback=callback
     )
 
 
@@ -89,8 +89,9 @@ def quantize(
     return run(
         graph,
         QuantizeLayers(plan, calibration, method),
-        FuseRequantize(),
+        FoldBias(),
         CommuteQuantize(),
+        FuseRequantize(),
         DropDead(),
         callback=callback,
     )

@@ -26,8 +26,9 @@ class Facts:
     cores: int
 
     def lanes(self, dtype: str) -> int:
-        bits = max(8, tvm.DataType(dtype).bits)
-        return max(1, self.vector_bits // bits)
+        """Elements of a vector register."""
+        bits = int(tvm.DataType(dtype).bits)
+        return max(1, self.vector_bits // max(8, bits))
 
 
 Rule = Callable[[Any, Facts], Any]
@@ -108,10 +109,7 @@ def register_tile(s: Any, facts: Facts) -> Any:
         s.reverse_compute_at(last, row_out)
         tail = s.get_loops(last)[len(order) + 1 :]
         _finish_tile(s, last, tail, facts)
-    if len(order) > 1:
-        outer = s.fuse(*order)
-    else:
-        outer = order[0]
+    outer = s.fuse(*order) if len(order) > 1 else order[0]
     if facts.cores > 1 and _extent(s, outer) > 1:
         s.parallel(outer)
     s.decompose_reduction(block, reduced[0])
@@ -210,6 +208,7 @@ def _row_by_row(s: Any, blocks: list[Any], facts: Facts) -> bool:
     outer = s.fuse(*loops[:shared]) if shared > 1 else loops[0]
     for block in reversed(blocks[:-1]):
         s.compute_at(block, outer, preserve_unit_loops=True)
+    sums = []
     for block in blocks:
         inner = s.get_loops(block)[1:]
         kinds = [v.iter_type for v in s.get(block).iter_vars][-len(inner) :] if inner else []
@@ -223,9 +222,11 @@ def _row_by_row(s: Any, blocks: list[Any], facts: Facts) -> bool:
             lane, k = inner[-2:]
             s.reorder(k, lane)
             _vectorise(s, lane, lanes)
-            s.decompose_reduction(block, k)
+            sums.append((block, k))
     if facts.cores > 1 and _extent(s, outer) > 1:
         s.parallel(outer)
+    for block, k in sums:  # last: TVM refuses to move loops around a split sum
+        s.decompose_reduction(block, k)
     return True
 
 
@@ -266,7 +267,11 @@ def _reduction_nest(s: Any, block: Any, facts: Facts) -> None:
 
 def fallback(s: Any, facts: Facts) -> Any:
     """Plain loops, the outermost of each nest in parallel where that is safe."""
-    for block in _blocks(s):
+    try:
+        blocks = _blocks(s)
+    except s_tir.ScheduleError:
+        return s  # written as plain statements
+    for block in blocks:
         loops = s.get_loops(block)
         kinds = [v.iter_type for v in s.get(block).iter_vars]
         if facts.cores > 1 and loops and len(kinds) == len(loops) and kinds[0] == 0:

@@ -250,7 +250,8 @@ CHANNELS_LAST = {
 @pytest.mark.parametrize("name", CHANNELS_LAST)
 def test_channels_last_equals_channels_first(name: str) -> None:
     plain, last = nchw_to_nhwc(
-        "%x = Input() : f32[2,6,13,11]\n%w = Constant() : f32[20,6,3,3]\n%b = Constant() : f32[20]\n"
+        "%x = Input() : f32[2,6,13,11]\n"
+        "%w = Constant() : f32[20,6,3,3]\n%b = Constant() : f32[20]\n"
         f"{CHANNELS_LAST[name]}\nreturn %y"
     )
     x = f32(2, 6, 13, 11)
