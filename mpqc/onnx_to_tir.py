@@ -845,7 +845,7 @@ class _Walk:
                 func = func.without_attr(attr)
         func = expand_math(func.with_attr("tirx.noalias", True))
         stem = hint.rstrip("0123456789_")
-        name = f"{stem[:48]}_{tvm_ffi.structural_hash(func) & 0xFFFFFFFF:08x}"
+        name = f"{stem[:48]}_{tvm_ffi.structural_hash(func) & (2**48 - 1):012x}"
         while name in self.kernels and not tvm_ffi.structural_equal(self.kernels[name], func):
             name += "x"
         self.kernels[name] = func

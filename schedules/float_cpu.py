@@ -11,7 +11,8 @@ from math import prod
 from typing import Any
 
 import tvm
-from tvm import s_tir
+import tvm_ffi
+from tvm import s_tir, tirx
 
 WEIGHTS_IN_CACHE = 256 * 1024  # bytes of packed weights that a row of outputs may stream
 SMALL_WORK = 1 << 14  # innermost iterations below which a parallel loop costs more than it gains
@@ -44,9 +45,17 @@ def apply(func: Any, vector_bits: int, cores: int) -> Any:
     """
     schedule, _ = _climb(func, Facts(vector_bits, cores))
     result = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    if cores == 1:  # some operators of TVM are born with parallel loops
+        result = tvm_ffi.structural_map(result, (tirx.For, _serial))
     if func.attrs and "global_symbol" in func.attrs:
         return result.with_attr("global_symbol", func.attrs["global_symbol"])
     return result.without_attr("global_symbol")
+
+
+def _serial(loop: Any) -> Any:
+    if loop.kind != tirx.ForKind.PARALLEL:
+        return loop
+    return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
 
 
 def rule_for(func: Any, vector_bits: int, cores: int) -> str:

@@ -275,6 +275,15 @@ def test_one_core_stays_serial() -> None:
     region = onnx_to_tir.convert_region(list(graph), graph, TARGET)
     for func in region.kernels.values():
         assert "T.parallel" not in tvm.IRModule({"f": float_cpu.apply(func, 256, 1)}).script()
+    scatter = Graph.parse("""
+        %x = Input() : f32[3,3]
+        %i = Input() : i64[1,3]
+        %u = Input() : f32[1,3]
+        %y = ScatterElements(%x, %i, %u) : f32[3,3]
+        return %y
+    """)
+    (func,) = onnx_to_tir.convert_region(list(scatter), scatter, TARGET).kernels.values()
+    assert "T.parallel" not in tvm.IRModule({"f": float_cpu.apply(func, 256, 1)}).script()
     texts = [
         tvm.IRModule({"f": float_cpu.apply(func, 256, 4)}).script()
         for func in region.kernels.values()
