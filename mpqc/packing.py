@@ -16,7 +16,8 @@ def bits_to_bytes(codes: Array, bits: int) -> Array:
         uint8 [bits, ..., ceil(C/8)].
     """
     planes = (codes[None] >> np.arange(bits, dtype=np.uint8).reshape(-1, *[1] * codes.ndim)) & 1
-    return np.packbits(planes, axis=-1, bitorder="little")
+    packed: Array = np.packbits(planes, axis=-1, bitorder="little")
+    return packed
 
 
 def bytes_to_codes(planes: Array, channels: int) -> Array:
@@ -30,9 +31,10 @@ def bytes_to_codes(planes: Array, channels: int) -> Array:
         uint8 [..., C].
     """
     unpacked = np.unpackbits(planes, axis=-1, bitorder="little", count=channels)
-    return np.bitwise_or.reduce(
+    codes: Array = np.bitwise_or.reduce(
         [plane << np.uint8(i) for i, plane in enumerate(unpacked)], axis=0, dtype=np.uint8
     )
+    return codes
 
 
 def _blocks(channels_last: Array, block: int) -> Array:

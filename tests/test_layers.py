@@ -19,6 +19,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "mpqc/onnx_files.py",
         "mpqc/onnx_nodes.py",
         "mpqc/onnx_evaluator.py",
+        "mpqc/onnx_parts.py",
     ),
     "onnxruntime": ("mpqc/ort.py",),
     "tvm": (

@@ -1,0 +1,258 @@
+"""Measure an artifact beside its opponents: interleaved, in one process, on one machine."""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mpqc.artifact import Artifact
+from mpqc.data import Data
+from mpqc.errors import ArtifactError, ModelError, UsageError
+from mpqc.graph import Array
+from mpqc.runtime import CompiledModel, Stepper
+
+OPPONENTS: Mapping[str, str] = {
+    "ort-fp32": "the float model in ONNX Runtime, optimised",
+    "ort-int8": "the same after onnxruntime.quantization (QDQ, U8S8, per channel, MinMax)",
+}
+WARM_UP = 3  # runs
+CALIBRATION_SAMPLES = 16  # of the opponent that calibrates
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one contestant.
+
+    Attributes:
+        name: "mpqc" or an opponent's name.
+        best, median: seconds of one run.
+        runs: measured.
+    """
+
+    name: str
+    best: float
+    median: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """Latency of one step of the compiled model.
+
+    Attributes:
+        layer: node of the model, or what the step moves.
+        kernel: kind of kernel.
+        best, median: seconds.
+        macs: multiply-accumulates, of quantized layers; 0 for other steps.
+    """
+
+    layer: str
+    kernel: str
+    best: float
+    median: float
+    macs: int = 0
+
+    @property
+    def macs_per_second(self) -> float:
+        return self.macs / self.best if self.best else 0.0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Result of ``bench``.
+
+    Attributes:
+        timings: the artifact first, then its opponents.
+        layers: one row a step; empty unless asked for.
+        machine: where it ran, with what.
+        threads: of every contestant.
+        batch: samples of one run.
+    """
+
+    timings: tuple[Timing, ...]
+    layers: tuple[LayerTiming, ...]
+    machine: Mapping[str, Any]
+    threads: int
+    batch: int
+
+    @property
+    def speedups(self) -> dict[str, float]:
+        """Opponent -> how many times longer its best run takes than the artifact's."""
+        own, *others = self.timings
+        return {other.name: other.best / own.best for other in others}
+
+    @property
+    def message(self) -> str:
+        """One line for people."""
+        own = self.timings[0]
+        text = f"{own.best * 1e3:.3f} ms (median {own.median * 1e3:.3f})"
+        for other in self.timings[1:]:
+            ratio = other.best / own.best
+            text += f"; {other.name} {other.best * 1e3:.3f} ms ({ratio:.2f}x)"
+        return f"{text}; {self.threads} thread{'' if self.threads == 1 else 's'}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; times in seconds."""
+        return {
+            "timings": [asdict(timing) for timing in self.timings],
+            "speedups": self.speedups,
+            "threads": self.threads,
+            "batch": self.batch,
+            "layers": [
+                {**asdict(layer), "macs_per_second": layer.macs_per_second} for layer in self.layers
+            ],
+            "machine": dict(self.machine),
+        }
+
+
+def bench(
+    artifact: Artifact,
+    *,
+    threads: int = 1,
+    repeat: int = 20,
+    against: Sequence[str] = ("ort-fp32",),
+    per_layer: bool = False,
+    model: Path | None = None,
+    data: Data | None = None,
+    seed: int = 0,
+) -> Benchmark:
+    """Time single runs of the artifact and of its opponents, in turn (A, B, A, B, ...).
+
+    Args:
+        artifact: built for this machine.
+        threads: of every contestant.
+        repeat: measured runs of each, after a warm-up.
+        against: names from ``OPPONENTS``.
+        per_layer: time every kernel too, in further runs.
+        model: the float model for the opponents; by default the one that was compiled.
+        data: inputs of the runs and calibration of ``ort-int8``; by default random ones.
+        seed: of random inputs.
+
+    Raises:
+        UsageError: an unknown opponent, or a count below one.
+        ArtifactError: damaged, built for another machine, or the float model is gone.
+        ModelError: ONNX Runtime refuses the float model.
+    """
+    if strangers := [name for name in against if name not in OPPONENTS]:
+        raise UsageError(f"unknown opponent {strangers[0]!r}; choose from {', '.join(OPPONENTS)}")
+    if threads < 1 or repeat < 1:
+        raise UsageError(f"threads and repeat start at 1, got {threads} and {repeat}")
+    with CompiledModel(artifact.library, threads) as compiled:
+        feeds = _feeds(artifact, compiled, data, seed)
+        runs: dict[str, Callable[[int], list[float]]] = {
+            "mpqc": lambda count: compiled.seconds(feeds[0], count)
+        }
+        original = _original(artifact, model) if against else None
+        for name in against:
+            runs[name] = _opponent(name, original, feeds, threads)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():
+            run(WARM_UP)
+        for _ in range(repeat):
+            for name, run in runs.items():
+                times[name] += run(1)
+        layers = _per_layer(compiled, feeds[0], repeat) if per_layer else ()
+        batch = max((kind.shape[0] for kind in compiled.inputs.values() if kind.shape), default=1)
+        versions = compiled.manifest["versions"]
+    timings = tuple(
+        Timing(name, min(found), statistics.median(found), len(found))
+        for name, found in times.items()
+    )
+    return Benchmark(timings, layers, machine(versions), threads, batch)
+
+
+def _feeds(
+    artifact: Artifact, compiled: CompiledModel, data: Data | None, seed: int
+) -> list[dict[str, Array]]:
+    from mpqc.verify import random_feeds
+
+    if data is None:
+        reference = artifact.reference.read_bytes()
+        return random_feeds(compiled.inputs, CALIBRATION_SAMPLES, reference, seed)
+    return list(data.sample(CALIBRATION_SAMPLES * data.batch, seed).feeds())
+
+
+def _original(artifact: Artifact, model: Path | None) -> Path:
+    path = Path(artifact.report.get("model", "")) if model is None else model
+    if not path.is_file():
+        raise ArtifactError(f"the float model is not at {path}: say where it is with --model")
+    return path
+
+
+def _opponent(
+    name: str, model: Path | None, feeds: Sequence[Mapping[str, Array]], threads: int
+) -> Callable[[int], list[float]]:
+    from mpqc.ort import Session, quantize_static
+
+    if model is None:
+        raise ModelError(f"{name} needs the float model")
+    source = quantize_static(model, feeds) if name == "ort-int8" else model
+    session = Session(source, threads, optimise=True)
+    session.run(feeds[0])  # says what does not fit before anything is timed
+    return lambda count: session.seconds(feeds[0], count)
+
+
+def _per_layer(
+    compiled: CompiledModel, feed: Mapping[str, Array], repeat: int
+) -> tuple[LayerTiming, ...]:
+    stepper = compiled.steps(feed)
+    times = [_step_times(stepper) for _ in range(repeat + 1)][1:]
+    manifest = compiled.manifest
+    macs = {layer["name"]: layer["macs"] for layer in manifest["layers"]}
+    return tuple(
+        LayerTiming(
+            step["label"],
+            step["kind"],
+            min(found),
+            statistics.median(found),
+            macs.get(step["label"], 0) if step["kind"] in ("bitplane", "int8") else 0,
+        )
+        for step, found in zip(manifest["steps"], zip(*times, strict=True), strict=True)
+    )
+
+
+def _step_times(stepper: Stepper) -> list[float]:
+    return [stepper.step(index) for index in range(len(stepper))]
+
+
+def machine(versions: Mapping[str, str]) -> dict[str, Any]:
+    """Facts about this machine that a latency means nothing without.
+
+    Args:
+        versions: of what compiled the model.
+    """
+    facts: dict[str, Any] = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "compiled_with": dict(versions),
+    }
+    with_runtime = [name for name in ("onnxruntime", "numpy") if _version(name)]
+    facts["measured_with"] = {name: _version(name) for name in with_runtime}
+    if hasattr(os, "getloadavg"):
+        facts["load_average"] = round(os.getloadavg()[0], 2)
+    for line in _cpuinfo().splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key in ("model name", "Model"):
+            facts["processor"] = value
+        elif key == "cpu MHz":
+            facts.setdefault("clock_mhz", float(value))
+    return facts
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
