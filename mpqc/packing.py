@@ -58,11 +58,31 @@ def bitplane_weights(codes: Array, bits: int, groups: int, taps: int, block: int
     Returns:
         uint8 [G * ceil(O/G/B), J, KH, taps, run, B], run = KW/taps * ceil(C/G/8) bytes.
     """
-    out, _, kh, kw = codes.shape
+    out, _, kh, _ = codes.shape
     planes = bits_to_bytes(codes.transpose(0, 2, 3, 1), bits)  # [J, O, KH, KW, bytes]
     planes = planes.reshape(bits, out, kh, taps, -1).transpose(1, 0, 2, 3, 4)
     groups_of = planes.reshape(groups, out // groups, *planes.shape[1:])
     return np.ascontiguousarray(np.concatenate([_blocks(group, block) for group in groups_of]))
+
+
+def lut_weights(codes: Array, bits: int, taps: int, block: int) -> Array:
+    """Weights of the lookup kernel: bits of four channels of a plane as one nibble.
+
+    Args:
+        codes: uint8 [O, C, KH, KW].
+        bits: J.
+        taps: separate runs of a window row: 1 or KW.
+        block: B.
+
+    Returns:
+        uint8 [ceil(O/B), J, KH, taps, run, B], run = KW/taps * ceil(C/4); bit t of a nibble is
+        channel 4*k + t.
+    """
+    out, channels, kh, kw = codes.shape
+    last = np.pad(codes.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [(0, -channels % 4)])
+    planes = (last[None] >> np.arange(bits, dtype=np.uint8).reshape(-1, 1, 1, 1, 1)) & 1
+    nibbles = planes.reshape(bits, out, kh, taps, -1, 4) @ np.array([1, 2, 4, 8], np.uint8)
+    return np.ascontiguousarray(_blocks(nibbles.transpose(1, 0, 2, 3, 4).astype(np.uint8), block))
 
 
 def dot_weights(weight: Array, taps: int, block: int, group: int, dtype: str) -> Array:
