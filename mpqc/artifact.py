@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,50 +92,74 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool, marker: str = MANIFEST) -> Iterator[Path]:
     """A folder that appears at ``path`` when the block ends well, and never when it does not.
 
+    Args:
+        path: of the folder; its parents are made, and go again when the block fails.
+        overwrite: replace a folder that is empty or holds ``marker``.
+        marker: file that tells our own folders from those of others.
+
     Raises:
-        OutputError: see ``check_output``; also when an existing folder holds no artifact.
+        OutputError: see ``check_output``; also when an existing folder lacks the marker.
     """
     check_output(path, overwrite)
-    if path.exists() and not (path.is_dir() and ((path / MANIFEST).exists() or not any(path.iterdir()))):
-        raise OutputError(f"{path} is not an mpqc artifact: it is not replaced; choose another name")
+    if path.exists() and not (
+        path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))
+    ):
+        raise OutputError(
+            f"{path} was not written by this command ({marker} is missing): it is not replaced; "
+            "choose another name"
+        )
     parent = path.absolute().parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent))
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
+    old = work.with_name(f"{work.name}-old")
     try:
         work.chmod(0o755)
         yield work
-        old = None
         if path.exists():
-            old = work.with_name(f"{work.name}-old")
             path.rename(old)
         work.rename(path)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
     finally:
+        if old.exists() and not path.exists():  # interrupted between the two
+            old.rename(path)
         shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Innermost first; one that holds something stays."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager
 def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
     """The same for a single file."""
     check_output(path, overwrite)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, not a file: it is not replaced")
     work = path.with_name(f".{path.name}.{os.getpid()}")
+    parent = path.absolute().parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
         yield work
         os.replace(work, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
     finally:
         work.unlink(missing_ok=True)
+        _remove_empty(made)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -91,6 +91,11 @@ def supported(op: str, domain: str = "") -> bool:
     return op in OWN or op in _converters()
 
 
+def supported_operators() -> tuple[str, ...]:
+    """Names for which ``supported`` holds, sorted."""
+    return tuple(sorted(op for op in {*OWN, *_converters()} if supported(op)))
+
+
 def unsupported(nodes: Iterable[Node], graph: Graph | None = None) -> list[tuple[Node, str]]:
     """Every node that ``convert_region`` would refuse, with the reason.
 

@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqc import importer
-from mpqc.artifact import MANIFEST, PLAN, REFERENCE, REPORT, LIBRARY, Artifact, new_folder, write_json
+from mpqc.artifact import (
+    LIBRARY,
+    MANIFEST,
+    PLAN,
+    REFERENCE,
+    REPORT,
+    Artifact,
+    new_folder,
+    write_json,
+)
 from mpqc.calibration import Calibration, calibrate
 from mpqc.data import Data
 from mpqc.errors import UsageError
@@ -30,6 +39,9 @@ from mpqc.passes.quantize_layers import QuantizeLayers, tensors_to_calibrate
 from mpqc.plan import Plan
 from mpqc.program import LayerRecord, MemoryPlan, Program, plan_memory
 from mpqc.target import Target
+
+if TYPE_CHECKING:
+    from mpqc.select_kernel import Selector
 
 Progress = Callable[[str], None]
 
@@ -56,18 +68,21 @@ class Options:
 
 
 def import_model(
-    path: str | Path, dims: Mapping[str, int] | None = None, batch: int = 1,
+    path: str | Path,
+    dims: Mapping[str, int] | None = None,
+    batch: int = 1,
     callback: Callback | None = None,
 ) -> Graph:
     """ONNX file to float graph: static shapes, BatchNorm and pads folded."""
     graph = importer.load(path, dims, batch)
-    return run(
-        graph, FoldBatchNorm(), FoldPad(), DropDead(), callback=callback
-    )
+    return run(graph, FoldBatchNorm(), FoldPad(), DropDead(), callback=callback)
 
 
 def calibrate_plan(
-    graph: Graph, plan: Plan, data: Data | None, options: Options,
+    graph: Graph,
+    plan: Plan,
+    data: Data | None,
+    options: Options,
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Histograms of every tensor that the plan quantizes."""
@@ -82,7 +97,10 @@ def calibrate_plan(
 
 
 def quantize(
-    graph: Graph, plan: Plan, calibration: Calibration, method: Method = "mse",
+    graph: Graph,
+    plan: Plan,
+    calibration: Calibration,
+    method: Method = "mse",
     callback: Callback | None = None,
 ) -> Graph:
     """Float graph and plan to the exact integer graph that everything after computes."""
@@ -97,14 +115,21 @@ def quantize(
     )
 
 
-def lower(quantized: Graph, plan: Plan | None, options: Options) -> Program:
+def lower(
+    quantized: Graph, plan: Plan | None, options: Options, callback: Callback | None = None
+) -> Program:
     """Integer graph to scheduled kernels and the steps that call them."""
     from mpqc import lowering
+
+    last = run(quantized, ChannelsLast(), DropDead(), callback=callback)
+    return lowering.lower(last, options.target, _selector(plan, options))
+
+
+def _selector(plan: Plan | None, options: Options) -> "Selector":
     from mpqc.select_kernel import Selector
 
     kernels = {name: layer.kernel for name, layer in plan.layers.items()} if plan else {}
-    last = run(quantized, ChannelsLast(), DropDead())
-    return lowering.lower(last, options.target, Selector(options.target, options.kernel, kernels))
+    return Selector(options.target, options.kernel, kernels)
 
 
 def compile_model(
@@ -115,13 +140,14 @@ def compile_model(
     plan: Plan | None = None,
     bits: Precision | None = None,
     ends: Precision | None = Precision(8, 8),  # noqa: B008 - frozen
-    data: Data | None = None,
+    data: Data | Callable[[Graph], Data] | None = None,
     dims: Mapping[str, int] | None = None,
     batch: int = 1,
     force: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda _: None,
     calibration_progress: Callable[[int], None] | None = None,
+    callback: Callback | None = None,
 ) -> Artifact:
     """Compile an ONNX model into an artifact folder.
 
@@ -132,13 +158,15 @@ def compile_model(
         plan: widths of every layer; or
         bits: one width for the body, ``ends`` for the first layers and the classifier.
         ends: None gives them the body's width.
-        data: calibration data; needed when something is quantized.
+        data: calibration data, or what opens them for the imported graph; needed when something
+            is quantized.
         dims: values of symbolic dimensions.
         batch: size of the batch dimension.
         force: accept a plan of another model where the names fit.
         overwrite: replace an artifact at ``output``.
         progress: called with each phase's name.
         calibration_progress: called with the number of samples seen.
+        callback: called with each pass and the graph that it left.
 
     Raises:
         MpqcError: see the children for whose fault it is; nothing is left at ``output``.
@@ -146,20 +174,22 @@ def compile_model(
     clock = _Clock(progress)
     with new_folder(Path(output), overwrite) as folder:
         clock("import")
-        graph = import_model(model, dims, batch)
+        graph = import_model(model, dims, batch, callback)
         sha256 = importer.sha256(model)
         if plan is None:
             plan = Plan.of(graph, {}, model_sha256=sha256)
             if bits is not None:
                 plan = Plan.uniform(graph, bits, ends, model_sha256=sha256)
         plan.check(graph, sha256, force)
+        _selector(plan, options)  # a kernel that does not exist is said before the work
         clock("calibrate")
-        calibration = calibrate_plan(graph, plan, data, options, calibration_progress)
+        opened = data(graph) if callable(data) else data
+        calibration = calibrate_plan(graph, plan, opened, options, calibration_progress)
         clock("quantize")
-        quantized = quantize(graph, plan, calibration, options.method)
+        quantized = quantize(graph, plan, calibration, options.method, callback)
         (folder / REFERENCE).write_bytes(to_onnx(quantized))
         clock("lower")
-        program = lower(quantized, plan, options)
+        program = lower(quantized, plan, options, callback)
         layers = _all_layers(graph, program)
         _check_strict(layers, options)
         clock("build")
@@ -280,4 +310,3 @@ class _Clock:
             self.seconds[self._phase] = round(now - self._start, 3)
         self._phase, self._start = phase, now
         self._progress(phase)
-

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpqc.errors import ArtifactError, DataError
 from mpqc.graph import Array, TensorType
+from mpqc.target import host_flags, native
 
 ABI_VERSION = 1
 
@@ -32,7 +33,9 @@ def _open(path: Path) -> Any:
     except (OSError, AttributeError) as error:
         raise ArtifactError(f"{path} is no compiled model of this machine: {error}") from error
     if version != ABI_VERSION:
-        raise ArtifactError(f"{path} has interface version {version}, this mpqc reads {ABI_VERSION}")
+        raise ArtifactError(
+            f"{path} has interface version {version}, this mpqc reads {ABI_VERSION}"
+        )
     size = ctypes.c_size_t
     pointers = ctypes.POINTER(ctypes.c_void_p)
     library.mpqc_message.restype = ctypes.c_char_p
@@ -42,11 +45,27 @@ def _open(path: Path) -> Any:
     library.mpqc_create.argtypes = (ctypes.c_int, pointers)
     library.mpqc_destroy.argtypes = (ctypes.c_void_p,)
     library.mpqc_destroy.restype = None
-    library.mpqc_run.argtypes = (ctypes.c_void_p, pointers, ctypes.c_void_p, pointers, ctypes.c_void_p)
+    library.mpqc_run.argtypes = (
+        ctypes.c_void_p,
+        pointers,
+        ctypes.c_void_p,
+        pointers,
+        ctypes.c_void_p,
+    )
     library.mpqc_bind.argtypes = (ctypes.c_void_p, pointers, pointers)
     library.mpqc_step.argtypes = (ctypes.c_void_p, ctypes.c_int)
     library.mpqc_read.argtypes = (ctypes.c_void_p, size, ctypes.c_void_p, size)
     return library
+
+
+def _check_instructions(path: Path, target: Mapping[str, Any]) -> None:
+    """Refuse what would end in an illegal instruction; a host that says nothing is believed."""
+    lacking = set(target.get("features", ())) - native().features
+    if host_flags() and lacking:
+        raise ArtifactError(
+            f"{path} was built for {target.get('name')} and needs {', '.join(sorted(lacking))}, "
+            "which this machine lacks: compile it with --target native"
+        )
 
 
 class CompiledModel:
@@ -68,16 +87,21 @@ class CompiledModel:
         self.path = file.resolve()
         self._handle: Any = None
         self._library = _open(self.path)
+        _check_instructions(self.path, self.manifest.get("target", {}))
         self.threads = threads
         handle = ctypes.c_void_p()
-        self._check(self._library.mpqc_create(threads, ctypes.byref(handle)), "cannot start the model")
+        self._check(
+            self._library.mpqc_create(threads, ctypes.byref(handle)), "cannot start the model"
+        )
         self._handle = handle
         self.inputs = self._tensors("input")
         self.outputs = self._tensors("output")
 
     def _check(self, status: int, what: str) -> None:
         if status:
-            raise ArtifactError(f"{self.path}: {what}: {self._library.mpqc_message(status).decode()}")
+            raise ArtifactError(
+                f"{self.path}: {what}: {self._library.mpqc_message(status).decode()}"
+            )
 
     def _tensors(self, side: str) -> dict[str, TensorType]:
         described = {}
@@ -174,9 +198,7 @@ class Stepper:
         self._arrays = arrays
         self.results = [np.empty(t.shape, t.dtype) for t in model.outputs.values()]
         self._library = model._library
-        status = self._library.mpqc_bind(
-            model._handle, _pointers(arrays), _pointers(self.results)
-        )
+        status = self._library.mpqc_bind(model._handle, _pointers(arrays), _pointers(self.results))
         model._check(status, "cannot bind buffers")
 
     def __len__(self) -> int:
