@@ -1,0 +1,208 @@
+"""Run one quantized kernel beside a plain integer convolution; shared by the kernel tests."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import tvm
+
+from mpqc import compute, kernels, numerics, packing
+from mpqc.compute import Window
+from mpqc.graph import Array
+from mpqc.kernels import Kernel, Layer, Operand, Output
+from mpqc.schedules.dot_intrinsics import DOTS
+from mpqc.target import Target, llvm_target
+
+SLACK = 64  # dot kernels may read a little behind their data
+
+
+@dataclass(frozen=True)
+class Case:
+    """A quantized convolution over an image that is padded already."""
+
+    window: Window
+    channels: int
+    out: int
+    groups: int = 1
+    weight_bits: int = 2
+    activation_bits: int = 2
+    levels: str = "signed"
+    zero_point: int = 0
+    seed: int = 0
+    extreme: str = ""  # "most" or "least": every product the largest or the smallest there is
+
+    @property
+    def layer(self) -> Layer:
+        image = (self.window.n, self.window.ih, self.window.iw, self.channels)
+        return Layer(
+            self.window, image, self.out, self.groups, self.weight_bits, self.activation_bits,
+            self.levels == "odd", self.zero_point != 0,
+        )  # fmt: skip
+
+    def codes(self) -> Array:
+        """uint8 [N, H, W, C]."""
+        shape, top = self.layer.image, 2**self.activation_bits
+        if self.extreme:
+            return np.full(shape, top - 1, np.uint8)
+        generator = np.random.default_rng(self.seed)
+        return generator.integers(0, top, shape).astype(np.uint8)
+
+    def weights(self) -> Array:
+        """int16 [O, C/G, KH, KW]."""
+        shape = (self.out, self.channels // self.groups, self.window.kh, self.window.kw)
+        codes = np.random.default_rng(self.seed + 1).integers(0, 2**self.weight_bits, shape)
+        if self.extreme:
+            every = numerics.weight_values(
+                np.arange(2**self.weight_bits), self.weight_bits, self.levels
+            )
+            wanted = every.max() if self.extreme == "most" else every.min()
+            codes = np.full(shape, np.flatnonzero(every == wanted)[0])
+        return numerics.weight_values(codes, self.weight_bits, self.levels)
+
+
+def convolve(codes: Array, weight: Array, window: Window, groups: int) -> Array:
+    """Exact int64 convolution, NHWC by OIHW, one tap at a time."""
+    n, _, _, c = codes.shape
+    o = weight.shape[0]
+    inside, outside = c // groups, o // groups
+    result = np.zeros((n, window.oh, window.ow, o), np.int64)
+    for ky in range(window.kh):
+        for kx in range(window.kw):
+            rows = slice(
+                ky * window.dy, ky * window.dy + (window.oh - 1) * window.sy + 1, window.sy
+            )
+            columns = slice(
+                kx * window.dx, kx * window.dx + (window.ow - 1) * window.sx + 1, window.sx
+            )
+            under = codes[:, rows, columns].astype(np.int64)
+            for g in range(groups):
+                taps = weight[g * outside : (g + 1) * outside, :, ky, kx].astype(np.int64)
+                result[..., g * outside : (g + 1) * outside] += (
+                    under[..., g * inside : (g + 1) * inside] @ taps.T
+                )
+    return result
+
+
+@dataclass(frozen=True)
+class Built:
+    kernel: Kernel
+    library: Any
+    sums: Any  # library of the window sums that odd levels need, or None
+    block: int
+    taps: int
+
+
+def build(case: Case, kind: str, target: Target) -> Built:
+    """The kernel of a case; the values in it do not matter."""
+    return _build(replace(case, seed=0, extreme=""), kind, target)
+
+
+@cache
+def _build(case: Case, kind: str, target: Target) -> Built:
+    layer = case.layer
+    outputs = [
+        Output("total", lambda read: read("acc")),
+        Output(
+            "y",
+            lambda read: compute.fence(read("acc").astype("float32") * read("m")) + read("b"),
+        ),
+    ]
+    packs = case.out % 8 == 0 and case.groups == 1
+    operands = [Operand("m", True, "float32"), Operand("b", True, "float32")]
+
+    def coded(packs: bool) -> Output:
+        return Output(
+            "q", lambda read: compute.requantize(read("y"), 1, 0, 7), 3, keep=True, planes=packs
+        )
+
+    sums = None
+    if kind == "bitplane":
+        layer = kernels.flatten_pixels(layer, 8)
+        tile = kernels.bitplane_tile(layer, target)
+        outputs.append(coded(packs and tile.block % 8 == 0))
+        kernel = kernels.bitplane_kernel(layer, operands, outputs, tile)
+        if layer.odd:
+            sums = compiled(kernels.window_sum_kernel(layer), target)
+    elif kind == "multiply-add":
+        tile = kernels.grouped_tile(layer, target)
+        outputs.append(coded(False))
+        kernel = kernels.grouped_kernel(layer, operands, outputs, tile)
+    else:
+        layer = kernels.flatten_pixels(layer, 7)
+        tile = kernels.dot_tile(layer, target, DOTS[kind].lanes)
+        outputs.append(coded(packs and tile.block % 8 == 0))
+        kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind)
+    return Built(kernel, compiled(kernel, target), sums, tile.block, layer.taps)
+
+
+def compiled(kernel: Kernel, target: Target) -> Any:
+    """The kernel as TVM's own library, function ``main``."""
+    module = tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=llvm_target(target))
+
+
+def assembly(case: Case, kind: str, target: Target) -> str:
+    """What LLVM made of the kernel."""
+    return str(build(case, kind, target).library.mod.inspect_source("asm"))
+
+
+def tensor(array: Array) -> Any:
+    """A TVM tensor on memory that goes on a little behind the array, aligned to 64 bytes."""
+    memory = np.full(array.nbytes + SLACK + 64, 0xA5, np.uint8)
+    start = -memory.ctypes.data % 64
+    view = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return tvm.runtime.from_dlpack(view)
+
+
+def scales(total: Array, out: int, seed: int) -> tuple[Array, Array]:
+    """Draw m and b that bring the accumulators to a few codes, and cancel often."""
+    generator = np.random.default_rng(seed + 2)
+    m = generator.normal(0, 4 / max(1, np.abs(total).max()), out).astype(np.float32)
+    return m, (-m * total[0, 0, 0] + generator.normal(0, 1, out)).astype(np.float32)
+
+
+def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The kernel's results and what they must be: total int32, y float32, q codes, its planes."""
+    built, layer = build(case, kind, target), case.layer
+    codes, weight = case.codes(), case.weights()
+    total = convolve(codes.astype(np.int64) - case.zero_point, weight, case.window, case.groups)
+    m, b = scales(total, case.out, case.seed)
+    product = total.astype(np.float32) * m
+    y = product + b
+    q = np.clip(np.rint(y) + 1, 0, 7).astype(np.uint8)
+    expected = {"total": total, "y": y, "q": q, "planes": packing.bits_to_bytes(q, 3)}
+
+    if kind == "bitplane":
+        split = codes.reshape(*codes.shape[:3], case.groups, -1)
+        padded = np.pad(split, [(0, 0)] * 4 + [(0, -layer.group_in % 8)])
+        data = packing.bits_to_bytes(padded.reshape(*codes.shape[:3], -1), case.activation_bits)
+        stored = numerics.weight_codes(weight, case.weight_bits, case.levels)
+        packed = packing.bitplane_weights(
+            stored, case.weight_bits, case.groups, built.taps, built.block
+        )
+    elif kind == "multiply-add":
+        data, packed = codes, packing.grouped_weights(weight, built.block)
+    else:
+        dot = DOTS[kind]
+        data = codes.astype(dot.data)
+        packed = packing.dot_weights(weight, built.taps, built.block, dot.group, dot.weight)
+    arguments = [tensor(data.reshape(-1)), tensor(packed)]
+    if case.zero_point:
+        sums = weight.reshape(case.out, -1).astype(np.int64).sum(axis=1)
+        arguments.append(tensor((-case.zero_point * sums).astype(np.int32)))
+    if built.sums is not None:
+        shape = built.kernel.inputs[len(arguments)].shape
+        window_sums = tensor(np.zeros(shape, np.int32))
+        built.sums["main"](arguments[0], window_sums)
+        arguments.append(window_sums)
+    arguments += [tensor(m), tensor(b)]
+    results = [tensor(np.zeros(kind.shape, kind.dtype)) for kind in built.kernel.outputs]
+    built.library["main"](*arguments, *results)
+    names = ("total", "y", "q", "planes")[: len(results)]
+    got = {
+        name: result.numpy().reshape(expected[name].shape)
+        for name, result in zip(names, results, strict=True)
+    }
+    return got, {name: expected[name] for name in names}
