@@ -134,6 +134,124 @@ def bitplane_conv(
     return te.compute((window.n, window.oh, window.ow, blocks, lanes), weigh, name="acc")
 
 
+def lut_conv(
+    rows: te.Tensor,
+    weight: te.Tensor,
+    window: Window,
+    image: tuple[int, int, int, int],
+    negative_top: bool,
+    chunk: int,
+    pair_dtype: str = "uint16",
+) -> te.Tensor:
+    """Convolve by tables of partial sums: a weight plane's nibble picks the sum of its channels.
+
+        acc[n,y,x,o] = sum_j  +-2**j * sum_k  rows[pixel, k, nibble[o, j, k]]
+        rows[pixel, k, i] = sum_t  bit_t(i) * code[pixel, 4*k + t]
+
+    Written without the gather, as the sum over the four bits of the nibble: entry 2**t of a row is
+    the code of channel t, entry 0 is zero. That is the meaning of the shuffle instructions that
+    ``lut_intrinsics`` puts in its place.
+
+    Args:
+        rows: uint8 [N * H * W * C/4, 16], tables of the padded image; entries fit: a <= 6.
+        weight: uint8 [O/B, J, KH, taps, run, B], nibbles of plane j; a run is the adjacent
+            tables of a window row.
+        window: geometry.
+        image: (N, H, W, tables of a pixel).
+        negative_top: the last weight plane counts negative (two's complement).
+        chunk: tables that a uint8 partial sum covers; divides the run.
+        pair_dtype: of the sum over all K of one plane.
+
+    Returns:
+        int32 [N, OH, OW, O/B, B].
+    """
+    _, height, width, tables = image
+    blocks, j_bits, kh, taps, run, lanes = (int(extent) for extent in weight.shape)
+    t = te.reduce_axis((0, chunk), "t")
+
+    def part_of(n: Expr, y: Expr, x: Expr, o: Expr, j: Expr, *rest: Expr) -> Expr:
+        ky, kx, c, lane = rest
+        r = c * chunk + t
+        line = (n * height + y * window.sy + ky * window.dy) * width
+        row = (line + x * window.sx + kx * window.dx) * tables + r
+        nibble = weight[o, j, ky, kx, r, lane]
+        total = rows[row, 0]
+        for bit in range(4):
+            picked = (nibble >> tirx.const(bit, "uint8")) & tirx.const(1, "uint8")
+            total = total + picked * rows[row, 1 << bit]
+        return te.sum(total, axis=[t])
+
+    part = te.compute(
+        (window.n, window.oh, window.ow, blocks, j_bits, kh, taps, run // chunk, lanes),
+        part_of,
+        name="part",
+    )
+    ky = te.reduce_axis((0, kh), "ky")
+    kx = te.reduce_axis((0, taps), "kx")
+    c = te.reduce_axis((0, run // chunk), "c")
+    pair = te.compute(
+        (window.n, window.oh, window.ow, blocks, j_bits, lanes),
+        lambda n, y, x, o, j, lane: te.sum(
+            part[n, y, x, o, j, ky, kx, c, lane].astype(pair_dtype), axis=[ky, kx, c]
+        ),
+        name="pair",
+    )
+    j = te.reduce_axis((0, j_bits), "j")
+
+    def weigh(n: Expr, y: Expr, x: Expr, o: Expr, lane: Expr) -> Expr:
+        count = pair[n, y, x, o, j, lane].astype("int32") << j.astype("int32")
+        return te.sum(
+            tirx.Select(j == j_bits - 1, -count, count) if negative_top else count, axis=[j]
+        )
+
+    return te.compute((window.n, window.oh, window.ow, blocks, lanes), weigh, name="acc")
+
+
+def expand_rows(codes: te.Tensor, channels: int) -> te.Tensor:
+    """Tables of partial sums for ``lut_conv``.
+
+    Args:
+        codes: uint8 flat [P * channels].
+        channels: of a pixel; missing ones of the last four count as zero.
+
+    Returns:
+        uint8 [P * ceil(channels/4), 16].
+    """
+    tables = -(-channels // 4)
+    pixels = int(codes.shape[0]) // channels
+
+    def entry(row: Expr, i: Expr) -> Expr:
+        total = None
+        for t in range(4):
+            within = (row % tables) * 4 + t
+            code = codes[(row // tables) * channels + within]
+            if channels % 4 and t >= channels % 4:
+                code = tirx.if_then_else(within < channels, code, tirx.const(0, "uint8"))
+            picked = tirx.Select((i >> t) % 2 == 1, code, tirx.const(0, "uint8"))
+            total = picked if total is None else total + picked
+        return total
+
+    return te.compute((pixels * tables, 16), entry, name="rows")
+
+
+def row_sum(rows: te.Tensor, window: Window, image: tuple[int, int, int, int]) -> te.Tensor:
+    """``window_sum`` from tables: entry 15 is the sum of a table's four codes.
+
+    Returns:
+        int32 [N, OH, OW, 1].
+    """
+    batch, height, width, tables = image
+    k = te.reduce_axis((0, tables), "k")
+    pixel = te.compute(
+        (batch, height, width, 1),
+        lambda n, y, x, g: te.sum(
+            rows[((n * height + y) * width + x) * tables + k, 15].astype("int32"), axis=[k]
+        ),
+        name="pixel_sum",
+    )
+    return _box(pixel, window)
+
+
 def window_sum(planes: te.Tensor, window: Window, image: Image, groups: int) -> te.Tensor:
     """Sum of all codes under the window, as two cheap stages: pixels first, then the box.
 
@@ -150,11 +268,15 @@ def window_sum(planes: te.Tensor, window: Window, image: Image, groups: int) -> 
         count = tirx.popcount(planes[first + byte]).astype("int32")
         return te.sum(count << i.astype("int32"), axis=[i, byte])
 
-    pixel = te.compute((batch, height, width, groups), pixel_of, name="pixel_sum")
+    return _box(te.compute((batch, height, width, groups), pixel_of, name="pixel_sum"), window)
+
+
+def _box(pixel: te.Tensor, window: Window) -> te.Tensor:
+    """Sum of pixel sums [N, H, W, G] under the window."""
     ky = te.reduce_axis((0, window.kh), "ky")
     kx = te.reduce_axis((0, window.kw), "kx")
     return te.compute(
-        (window.n, window.oh, window.ow, groups),
+        (window.n, window.oh, window.ow, int(pixel.shape[3])),
         lambda n, y, x, g: te.sum(
             pixel[n, y * window.sy + ky * window.dy, x * window.sx + kx * window.dx, g],
             axis=[ky, kx],
@@ -193,6 +315,58 @@ def dot_conv(
         return te.sum(data * weight[o, ky, kx, r, lane, u].astype("int32"), axis=[ky, kx, r, u])
 
     return te.compute((window.n, window.oh, window.ow, blocks, lanes), cell, name="acc")
+
+
+def half_conv(
+    codes: te.Tensor,
+    weight: te.Tensor,
+    window: Window,
+    image: tuple[int, int, int, int],
+    chunk: int,
+) -> te.Tensor:
+    """``dot_conv`` with products summed in int16 over ``chunk`` steps of four before int32.
+
+    Args:
+        codes: uint8 flat [N, H, W, C], the padded image.
+        weight: int8 [O/B, KH, taps, run/4, B, 4].
+        window: geometry.
+        image: (N, H, W, C) of ``codes``.
+        chunk: divides run/4; the caller proves ``2 * chunk * max|code| * max|w| < 2**15``.
+
+    Returns:
+        int32 [N, OH, OW, O/B, B].
+    """
+    _, height, width, channels = image
+    blocks, kh, taps, run, lanes, _ = (int(extent) for extent in weight.shape)
+    r = te.reduce_axis((0, chunk), "r")
+    u = te.reduce_axis((0, 2), "u")
+
+    def part_of(n: Expr, y: Expr, x: Expr, o: Expr, ky: Expr, kx: Expr, *rest: Expr) -> Expr:
+        c, lane, half = rest
+        step = c * chunk + r
+        row = (n * height + y * window.sy + ky * window.dy) * (width * channels)
+        column = (x * window.sx + kx * window.dx) * channels + step * 4 + half * 2 + u
+        data = codes[row + column].astype("int16")
+        return te.sum(
+            data * weight[o, ky, kx, step, lane, half * 2 + u].astype("int16"), axis=[r, u]
+        )
+
+    part = te.compute(
+        (window.n, window.oh, window.ow, blocks, kh, taps, run // chunk, lanes, 2),
+        part_of,
+        name="part",
+    )
+    ky = te.reduce_axis((0, kh), "ky")
+    kx = te.reduce_axis((0, taps), "kx")
+    c = te.reduce_axis((0, run // chunk), "c")
+    half = te.reduce_axis((0, 2), "half")
+    return te.compute(
+        (window.n, window.oh, window.ow, blocks, lanes),
+        lambda n, y, x, o, lane: te.sum(
+            part[n, y, x, o, ky, kx, c, lane, half].astype("int32"), axis=[ky, kx, c, half]
+        ),
+        name="acc",
+    )
 
 
 def grouped_conv(

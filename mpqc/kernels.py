@@ -200,31 +200,59 @@ def flatten_pixels(layer: Layer, most: int) -> Layer:
     return replace(layer, window=window, image=(1, pixels // row, row, layer.image[3]))
 
 
-def bitplane_tile(layer: Layer, target: Target) -> Tile:
-    """Default tile: uint8 accumulators fill about half the registers."""
-    most = target.vector_bits // 8
-    budget = 8 if target.vector_bits == 512 or target.arch == "aarch64" else 6
-    out = layer.group_out
-    if layer.groups > 1:
-        return Tile(largest_divisor(layer.window.ow, budget), 1, largest_divisor(out, most))
+# Tiles that were fastest over 3x3 layers of 56, 28, 14 and 7 pixels (benchmarks/layers.py), by
+# (pixels, vectors), in the order in which they are tried: the first that divides the layer fits.
+_TILES = {
+    ("bitplane", 512): ((7, 1), (4, 1), (8, 1), (2, 2), (1, 4), (1, 2)),
+    ("bitplane", 256): ((7, 1), (2, 2), (4, 1), (1, 4), (1, 2)),
+    ("lut", 512): ((7, 1), (4, 2), (2, 4), (2, 2), (4, 1), (1, 4), (1, 2)),
+    ("lut", 256): ((7, 1), (2, 2), (4, 1), (1, 4), (1, 2)),
+    ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4), (1, 4), (1, 2)),
+    ("dot", 256): ((4, 2), (7, 1), (14, 1), (8, 1), (2, 4), (5, 2), (3, 2), (1, 4), (1, 2)),
+}
+_LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
+
+
+def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
+    width = 512 if target.vector_bits == 512 or target.arch == "aarch64" else 256
+    blocks = -(-layer.group_out // lanes)
+    fallback = (largest_divisor(layer.window.ow, 7), 1)
+    if kind == "lut" and layer.window.ow >= 56 and blocks % 2 == 0:  # tables come from L2
+        pairs = ((4, 2), (2, 2)) if width == 512 else ((2, 2),)
+    else:
+        pairs = _TILES[kind, width]
+    for pixels, vectors in (*pairs, fallback):
+        if layer.window.ow % pixels == 0 and blocks % vectors == 0:
+            return Tile(pixels, vectors, lanes)
+    return Tile(1, 1, lanes)
+
+
+def _channel_lanes(channels: int, most: int) -> int:
+    """Vector length in bytes: fewer wasted channels are worth narrower vectors."""
     lanes = most
-    while lanes > 16 and _round_up(out, lanes // 2) < _round_up(out, lanes):
-        lanes //= 2  # fewer wasted channels are worth narrower vectors
-    pixels = largest_divisor(layer.window.ow, budget)
-    vectors = 1
-    while pixels * vectors * 2 <= budget and out > lanes * vectors:
-        vectors *= 2
-    return Tile(pixels, vectors, lanes)
+    while lanes > 16 and _round_up(channels, lanes // 2) < _round_up(channels, lanes):
+        lanes //= 2
+    return lanes
+
+
+def bitplane_tile(layer: Layer, target: Target) -> Tile:
+    """Default tile of the popcount kernel."""
+    most = target.vector_bits // 8
+    if layer.groups > 1:
+        lanes = largest_divisor(layer.group_out, most)
+        return Tile(largest_divisor(layer.window.ow, 7), 1, lanes)
+    return _tile("bitplane", layer, target, _channel_lanes(layer.group_out, most))
+
+
+def lut_tile(layer: Layer, target: Target) -> Tile:
+    """Default tile of the lookup kernel."""
+    most = min(target.vector_bits // 8, _LUT_LANES)
+    return _tile("lut", layer, target, _channel_lanes(layer.out_channels, most))
 
 
 def dot_tile(layer: Layer, target: Target, lanes: int) -> Tile:
-    """Default tile: int32 accumulators fill most registers."""
-    registers = 28 if target.vector_bits == 512 or target.arch == "aarch64" else 12
-    blocks = -(-layer.out_channels // lanes)
-    pixels = largest_divisor(layer.window.ow, 7 if registers == 28 else 6)
-    most = min(4, registers // pixels, blocks)
-    vectors = min(range(1, most + 1), key=lambda v: (_round_up(blocks, v) - 0.2 * v, -v))
-    return Tile(pixels, vectors, lanes)
+    """Default tile of the dot kernel."""
+    return _tile("dot", layer, target, lanes)
 
 
 def grouped_tile(layer: Layer, target: Target) -> Tile:
@@ -296,6 +324,65 @@ def bitplane_kernel(
     )
 
 
+def lut_image(layer: Layer) -> Shape:
+    """(n, h, w, tables of a pixel) of the tables that the lookup kernel reads."""
+    n, h, w, c = layer.image
+    return (n, h, w, -(-c // 4))
+
+
+def lut_kernel(
+    layer: Layer,
+    operands: Sequence[Operand],
+    outputs: Sequence[Output],
+    tile: Tile,
+    instruction: str,
+) -> Kernel:
+    """Arguments: rows, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs."""
+    window, image = layer.window, lut_image(layer)
+    run = layer.run_pixels * image[3]
+    top = 2**layer.activation_bits - 1
+    rows = te.placeholder((prod(image), 16), "uint8", "rows")
+    blocks = -(-layer.out_channels // tile.block)
+    weight = te.placeholder(
+        (blocks, layer.weight_bits, window.kh, layer.taps, run, tile.block), "uint8", "weight"
+    )
+    bound = window.kh * layer.taps * run * 4 * top
+    acc = compute.lut_conv(
+        rows, weight, window, image,
+        negative_top=not layer.odd,
+        chunk=largest_divisor(run, 255 // (4 * top)),
+        pair_dtype="uint16" if bound < 2**16 else "uint32",
+    )  # fmt: skip
+    sums = []
+    if layer.odd:
+        sums = [te.placeholder((window.n, window.oh, window.ow, 1), "int32", "sums")]
+    correction = _correction(layer)
+    read = _exact(layer, acc, tile.block, *correction or [None], *sums)
+    holders, results, names = _stages(layer.out_shape, read, operands, outputs)
+    return _kernel(
+        [rows, weight, *correction, *sums, *holders],
+        results,
+        lambda sch: conv_cpu.lut_conv(
+            sch, tile, layer.out_channels, names, instruction=instruction
+        ),
+        instruction,
+    )
+
+
+def expand_kernel(pixels: int, channels: int) -> Kernel:
+    """Codes [pixels * channels] -> tables [pixels * ceil(channels/4), 16]."""
+    codes = te.placeholder((pixels * channels,), "uint8", "codes")
+    return _kernel([codes], [compute.expand_rows(codes, channels)], simple_cpu.expand, "expand")
+
+
+def row_sum_kernel(layer: Layer) -> Kernel:
+    """Arguments: rows; int32 [N, OH, OW, 1]."""
+    image = lut_image(layer)
+    rows = te.placeholder((prod(image), 16), "uint8", "rows")
+    sums = compute.row_sum(rows, layer.window, image)
+    return _kernel([rows], [sums], simple_cpu.window_sum, "window sum")
+
+
 def window_sum_kernel(layer: Layer) -> Kernel:
     """Arguments: planes; int32 [N, OH, OW, groups], what odd weight levels need beside D."""
     n, h, w, _ = layer.image
@@ -305,14 +392,23 @@ def window_sum_kernel(layer: Layer) -> Kernel:
     return _kernel([planes], [sums], simple_cpu.window_sum, "window sum")
 
 
+def half_steps(largest_product: int) -> int:
+    """Steps that an int16 lane survives, each adding two products of at most that size."""
+    return (2**15 - 1) // max(1, 2 * largest_product)
+
+
 def dot_kernel(
     layer: Layer,
     operands: Sequence[Operand],
     outputs: Sequence[Output],
     tile: Tile,
     instruction: str,
+    largest_product: int,
 ) -> Kernel:
-    """Arguments: codes, weight [O/B, KH, taps, run/t, B, t], [correction], operands; outputs."""
+    """Arguments: codes, weight [O/B, KH, taps, run/t, B, t], [correction], operands; outputs.
+
+    ``largest_product`` bounds |code * weight|: how long int16 sums stay exact.
+    """
     dot = DOTS[instruction]
     run = -(-layer.run_pixels * layer.image[3] // dot.group)
     codes = te.placeholder((prod(layer.image),), dot.data, "codes")
@@ -321,14 +417,20 @@ def dot_kernel(
         dot.weight,
         "weight",
     )
-    acc = compute.dot_conv(codes, weight, layer.window, layer.image)
+    if dot.halves:
+        chunk = largest_divisor(run, half_steps(largest_product))
+        acc = compute.half_conv(codes, weight, layer.window, layer.image, chunk)
+    else:
+        acc = compute.dot_conv(codes, weight, layer.window, layer.image)
     correction = _correction(layer)
     read = _exact(layer, acc, tile.block, *correction or [None])
     holders, results, names = _stages(layer.out_shape, read, operands, outputs)
     return _kernel(
         [codes, weight, *correction, *holders],
         results,
-        lambda sch: conv_cpu.dot_conv(sch, tile, layer.out_channels, names, instruction=instruction),
+        lambda sch: (conv_cpu.half_conv if dot.halves else conv_cpu.dot_conv)(
+            sch, tile, layer.out_channels, names, instruction=instruction
+        ),
         instruction,
     )
 

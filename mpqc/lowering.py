@@ -27,7 +27,7 @@ from mpqc.graph import Array, Graph, Node, Precision, TensorType
 from mpqc.kernels import Kernel, Layer, Operand, Output, Reader, Shape
 from mpqc.numerics import weight_codes
 from mpqc.onnx_to_tir import convert_region
-from mpqc.packing import bitplane_weights, dot_weights, grouped_weights
+from mpqc.packing import bitplane_weights, dot_weights, grouped_weights, lut_weights
 from mpqc.passes.channels_last import SUFFIX, first
 from mpqc.passes.fuse_requantize import clip_bounds
 from mpqc.program import LayerRecord, Program, Step, Tap
@@ -228,7 +228,7 @@ class _Lowering:
     ) -> None:
         for name, expected in zip(outputs, kernel.outputs, strict=True):
             self.program.buffers.setdefault(name, expected)
-        symbol = self._symbol(kernel.func, f"mpqc_{kind}")
+        symbol = self._symbol(kernel.func, f"mpqc_{_word(kind)}")
         self.program.steps.append(Step(symbol, tuple(inputs), tuple(outputs), label, kind))
 
     def _constant(self, name: str, array: Array) -> str:
@@ -360,6 +360,8 @@ class _Lowering:
         if choice.kind == "bitplane":
             codes = weight_codes(weight, bits, levels)
             packed = bitplane_weights(codes, bits, layer.groups, layer.taps, tile.block)
+        elif choice.kind == "bitplane-lut":
+            packed = lut_weights(weight_codes(weight, bits, levels), bits, layer.taps, tile.block)
         elif choice.variant == "multiply-add":
             packed = grouped_weights(weight, tile.block)
         else:
@@ -371,17 +373,26 @@ class _Lowering:
             sums = weight.reshape(weight.shape[0], -1).astype(np.int64).sum(axis=1)
             correction = (-zero_point * sums).astype(np.int32)
             inputs.append(self._constant(f"{node.name}.correction", correction))
-        if choice.kind == "bitplane" and layer.odd:
+        if choice.kind != "int8" and layer.odd:
             name = f"{node.name}.sums"
-            self._call(kernels.window_sum_kernel(layer), [data], [name], node.name, "window_sum")
+            planes = choice.kind == "bitplane"
+            sums = (kernels.window_sum_kernel if planes else kernels.row_sum_kernel)(layer)
+            self._call(sums, [data], [name], node.name, "window_sum")
             inputs.append(name)
         outputs = [spec.output for spec in specs]
         if choice.kind == "bitplane":
             kernel = kernels.bitplane_kernel(layer, plan.operands, outputs, tile)
+        elif choice.kind == "bitplane-lut":
+            kernel = kernels.lut_kernel(layer, plan.operands, outputs, tile, choice.variant)
         elif choice.variant == "multiply-add":
             kernel = kernels.grouped_kernel(layer, plan.operands, outputs, tile)
         else:
-            kernel = kernels.dot_kernel(layer, plan.operands, outputs, tile, choice.variant)
+            product = int(np.abs(weight.astype(np.int64)).max(initial=0)) * (
+                2 ** layer.activation_bits - 1
+            )
+            kernel = kernels.dot_kernel(
+                layer, plan.operands, outputs, tile, choice.variant, product
+            )
         inputs += [self._operand(operand) for operand in plan.operands]
         names = [name for spec in specs for name in spec.names]
         self._call(kernel, inputs, names, node.name, choice.kind)
@@ -397,15 +408,15 @@ class _Lowering:
         if choice.kind != "bitplane":
             source, dtype = self._value(value), "uint8"
             wanted = DOTS[choice.variant].data if choice.variant in DOTS else "uint8"
-            if not any(choice.pads) and wanted == dtype:
-                return source
-            key = f"{value}.{wanted}.{'_'.join(map(str, choice.pads))}.{zero_point}"
-            if key not in self.program.buffers:
+            key = source
+            if any(choice.pads) or wanted != dtype:
+                key = f"{value}.{wanted}.{'_'.join(map(str, choice.pads))}.{zero_point}"
+            if key not in self.program.buffers and key not in self.program.aliases:
                 kernel = kernels.pad_kernel(
                     shape[0], shape[1:], choice.pads, [zero_point], (dtype, wanted)
                 )
                 self._call(kernel, [source], [key], value, "pad")
-            return key
+            return self._tables(key, layer) if choice.kind == "bitplane-lut" else key
         source = self._planes(value, shape, layer, bits)
         if not any(choice.pads):
             return source
@@ -421,6 +432,15 @@ class _Lowering:
             )  # fmt: skip
             self._call(kernel, [source], [key], value, "pad")
         return key
+
+    def _tables(self, codes: str, layer: Layer) -> str:
+        """Tables of partial sums of padded codes."""
+        name = f"{codes}.tables"
+        if name not in self.program.buffers:
+            n, h, w, channels = layer.image
+            kernel = kernels.expand_kernel(n * h * w, channels)
+            self._call(kernel, [codes], [name], codes, "expand")
+        return name
 
     def _planes(self, value: str, shape: Shape, layer: Layer, bits: int) -> str:
         whole_bytes = layer.group_in % 8 == 0

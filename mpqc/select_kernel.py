@@ -15,12 +15,15 @@ from mpqc.kernels import (
     dot_tile,
     flatten_pixels,
     grouped_tile,
+    half_steps,
+    largest_divisor,
+    lut_tile,
 )
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.target import Target
 
-KERNELS = ("auto", "bitplane", "int8")
+KERNELS = ("auto", "bitplane", "bitplane-lut", "int8")
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Choice:
     """How one layer runs.
 
     Attributes:
-        kind: "bitplane" or "int8".
-        variant: instruction of the int8 kernel, "multiply-add" for grouped convolutions.
+        kind: "bitplane", "bitplane-lut" or "int8".
+        variant: instruction, "and-popcount", or "multiply-add" for grouped convolutions.
         layer: geometry as the kernel sees it.
         tile: register tile.
         pads: top, left, bottom, right.
@@ -71,13 +74,22 @@ class Selector:
         weight = graph.constants[node.inputs[1]]
         asked = self.by_layer.get(node.name, "auto")
         asked = self.kernel if asked == "auto" else asked
-        variant = _int8_variant(layer, int(np.abs(weight).max(initial=0)), self.target)
+        largest = int(np.abs(weight.astype(np.int64)).max(initial=0))
+        variant = _int8_variant(layer, largest, self.target)
         rates = expected_rates(layer, variant, self.target)
-        kind = asked if asked != "auto" else max(rates, key=rates.__getitem__)
+        kind, reason = asked, ""
+        if asked == "auto":
+            kind = max(rates, key=rates.__getitem__)
+        elif asked not in rates:
+            kind, reason = "bitplane", f"no {asked} kernel: {_no_lut(layer, self.target)}"
         if kind == "bitplane":
             shaped = flatten_pixels(layer, 8)
             tile = bitplane_tile(shaped, self.target)
-            return Choice("bitplane", "and-popcount", shaped, tile, pads, rates)
+            return Choice(kind, "and-popcount", shaped, tile, pads, rates, reason)
+        if kind == "bitplane-lut":
+            shaped = flatten_pixels(layer, 8)
+            tile = lut_tile(shaped, self.target)
+            return Choice(kind, f"vpshufb{tile.lanes * 8}", shaped, tile, pads, rates)
         if variant == "multiply-add":
             return Choice("int8", variant, layer, grouped_tile(layer, self.target), pads, rates)
         shaped = flatten_pixels(layer, 7)
@@ -90,18 +102,27 @@ def _int8_variant(layer: Layer, largest_weight: int, target: Target) -> str:
         return "multiply-add"
     if target.has("vnni") and largest_weight <= 127:
         return "vpdpbusd512"
-    if target.arch == "x86_64":
-        return f"vpmaddwd{target.vector_bits}"
-    return "multiply-add"
+    if target.arch != "x86_64":
+        return "multiply-add"
+    steps = half_steps(largest_weight * (2**layer.activation_bits - 1))
+    run = -(-layer.run_pixels * layer.image[3] // 4)
+    if largest_weight <= 127 and largest_divisor(run, steps) >= min(run, WORTH_HALVES) and steps:
+        return f"vpmaddubsw{target.vector_bits}"
+    return f"vpmaddwd{target.vector_bits}"
 
 
 # Multiply-accumulates a cycle, measured with the kernels of this project (benchmarks/layers.py):
 # popcount of one plane pair, by vector unit; the int8 kernels by instruction.
 _POPCOUNT = {"bitalg": 215.0, "avx512": 130.0, "avx2": 115.0, "ssse3": 45.0, "neon": 43.0}
 _INT8 = {
-    "vpdpbusd512": 70.0, "vpmaddwd512": 40.0, "vpmaddwd256": 25.0, "vpmaddwd128": 12.0,
-    "multiply-add": 6.0,
+    "vpdpbusd512": 62.0, "vpmaddubsw512": 60.0, "vpmaddubsw256": 40.0, "vpmaddubsw128": 20.0,
+    "vpmaddwd512": 40.0, "vpmaddwd256": 23.0, "vpmaddwd128": 11.0, "multiply-add": 6.0,
 }  # fmt: skip
+
+
+_SHUFFLE = {256: 172.0, 128: 86.0}  # products a cycle of vpshufb + vpaddb for one weight plane
+MOST_LUT_BITS = 6
+WORTH_HALVES = 8  # steps of int16 sums that pay for the widening
 
 
 def expected_rates(layer: Layer, variant: str, target: Target) -> dict[str, float]:
@@ -112,7 +133,37 @@ def expected_rates(layer: Layer, variant: str, target: Target) -> dict[str, floa
     pairs = layer.weight_bits * layer.activation_bits
     bitplane = _POPCOUNT[unit] * filled * max(lanes_used, 1 / 64) / pairs
     int8 = _INT8[variant] * min(1.0, layer.out_channels / (target.vector_bits / 32))
-    return {"bitplane": bitplane, "int8": int8}
+    rates = {"bitplane": bitplane, "int8": int8}
+    if not _no_lut(layer, target):
+        rates["bitplane-lut"] = _lut_rate(layer, target)
+    return rates
+
+
+def _no_lut(layer: Layer, target: Target) -> str:
+    """Why the lookup kernel cannot run the layer; empty when it can."""
+    if target.arch != "x86_64":
+        return f"{target.arch} has no lookup kernel yet"
+    if layer.groups > 1:
+        return "a grouped convolution has too few channels to share a table"
+    if layer.activation_bits > MOST_LUT_BITS:
+        return f"sums of four {layer.activation_bits}-bit codes overflow a byte"
+    return ""
+
+
+def _lut_rate(layer: Layer, target: Target) -> float:
+    """Shuffles and additions, the flush of uint8 sums, and the tables, which all channels share."""
+    steps = largest_divisor(
+        layer.run_pixels * -(-layer.image[3] // 4), 255 // (4 * (2**layer.activation_bits - 1))
+    )
+    flush = steps / (steps + 3.5) * min(1.0, steps / 8)
+    rate = _SHUFFLE[min(target.vector_bits, 256)] * flush / layer.weight_bits
+    used = layer.image[3] / (4 * -(-layer.image[3] // 4))
+    lanes = min(32, target.vector_bits // 8)
+    filled = layer.out_channels / (-(-layer.out_channels // lanes) * lanes)
+    rate *= used * max(filled, 1 / lanes)
+    taps = layer.window.kh * layer.window.kw / (layer.window.sy * layer.window.sx)
+    table = 2.5 / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
+    return 1 / (1 / rate + table)
 
 
 def geometry(graph: Graph, node: Node) -> tuple[Layer, tuple[int, int, int, int]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from mpqc.schedules.dot_intrinsics import register_dot
+from mpqc.schedules.dot_intrinsics import register_dot, register_halves
+from mpqc.schedules.lut_intrinsics import register_lookup
 
 EPILOGUE_LANES = 16  # float32 lanes of an epilogue vector: one zmm, two ymm, four NEON registers
 
@@ -95,6 +96,44 @@ def bitplane_conv(
     sch.decompose_reduction(acc, j)
 
 
+def lut_conv(
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, instruction: str
+) -> None:
+    """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``."""
+    acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
+    at, (pixel, vector, lane, j) = _outer(sch, acc, tile)
+    sch.reorder(j, pixel, vector, lane)
+    _epilogue(sch, epilogue, at, channels)
+
+    sch.compute_at(pair, j, preserve_unit_loops=True)
+    pair_pixel, _, _, pair_lanes, ky, kx, c = sch.get_loops(pair)[-7:]
+    pair_vector, pair_lane = sch.split(pair_lanes, [tile.vectors, tile.lanes])
+    sch.reorder(ky, kx, c, pair_pixel, pair_vector, pair_lane)
+
+    sch.compute_at(part, c, preserve_unit_loops=True)
+    part_pixel, *_, part_lanes, t = sch.get_loops(part)[-8:]
+    part_vector, part_lane = sch.split(part_lanes, [tile.vectors, tile.lanes])
+    sch.reorder(t, part_pixel, part_vector, part_lane)
+
+    for row, column, vec in ((pixel, vector, lane), (pair_pixel, pair_vector, pair_lane)):
+        sch.unroll(row)
+        sch.unroll(column)
+        sch.vectorize(vec)
+    sch.unroll(part_pixel)
+    sch.unroll(part_vector)
+    _vectorize_init(sch, sch.decompose_reduction(part, t))
+    sch.decompose_reduction(pair, ky)
+    sch.decompose_reduction(acc, j)
+    sch.tensorize(part_lane, register_lookup(instruction))
+
+
+def _vectorize_init(sch: Schedule, init: Any) -> None:
+    *_, pixel, vector, lane = sch.get_loops(init)
+    sch.unroll(pixel)
+    sch.unroll(vector)
+    sch.vectorize(lane)
+
+
 def dot_conv(
     sch: Schedule,
     tile: Tile,
@@ -110,12 +149,34 @@ def dot_conv(
     _epilogue(sch, epilogue, at, channels)
     sch.unroll(pixel)
     sch.unroll(vector)
-    init = sch.decompose_reduction(acc, ky)
-    *_, init_pixel, init_vector, init_lane = sch.get_loops(init)
+    _vectorize_init(sch, sch.decompose_reduction(acc, ky))
+    sch.tensorize(lane, register_dot(instruction))
+
+
+def half_conv(
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, instruction: str
+) -> None:
+    """Products summed in int16 for as long as the bound allows, then widened."""
+    step, flush = register_halves(instruction)
+    acc, part = sch.get_sblock("acc"), sch.get_sblock("part")
+    at, (pixel, vector, lane, ky, kx, c, half) = _outer(sch, acc, tile)
+    sch.reorder(ky, kx, c, pixel, vector, lane, half)
+    _epilogue(sch, epilogue, at, channels)
+
+    sch.compute_at(part, c, preserve_unit_loops=True)
+    part_pixel, *_, part_lanes, part_half, r, u = sch.get_loops(part)[-9:]
+    part_vector, part_lane = sch.split(part_lanes, [tile.vectors, tile.lanes])
+    sch.reorder(r, part_pixel, part_vector, part_lane, part_half, u)
+    for loop in (pixel, vector, part_pixel, part_vector):
+        sch.unroll(loop)
+    init = sch.decompose_reduction(part, r)
+    *_, init_pixel, init_vector, init_lane, init_half = sch.get_loops(init)
     sch.unroll(init_pixel)
     sch.unroll(init_vector)
-    sch.vectorize(init_lane)
-    sch.tensorize(lane, register_dot(instruction))
+    sch.vectorize(sch.fuse(init_lane, init_half))
+    _vectorize_init(sch, sch.decompose_reduction(acc, ky))
+    sch.tensorize(part_lane, step)
+    sch.tensorize(lane, flush)
 
 
 def grouped_conv(

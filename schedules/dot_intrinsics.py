@@ -10,6 +10,8 @@ from typing import Any
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
+
 
 @dataclass(frozen=True)
 class Dot:
@@ -21,6 +23,8 @@ class Dot:
         data, weight: element types of the broadcast operand and of the vector operand.
         llvm: intrinsic name.
         accumulates: whether the instruction adds to its accumulator operand itself.
+        halves: int16 accumulators of a lane; 0 where the instruction sums in int32.
+        flush: LLVM intrinsic that adds the halves in int32.
     """
 
     lanes: int
@@ -29,6 +33,8 @@ class Dot:
     weight: str
     llvm: str
     accumulates: bool = False
+    halves: int = 0
+    flush: str = ""
 
 
 # vpmaddwd adds two int16 products exactly: |a|, |w| <= 2**15 - 1 never overflows here, where codes
@@ -37,6 +43,19 @@ DOTS: dict[str, Dot] = {
     "vpmaddwd128": Dot(4, 2, "int16", "int16", "llvm.x86.sse2.pmadd.wd"),
     "vpmaddwd256": Dot(8, 2, "int16", "int16", "llvm.x86.avx2.pmadd.wd"),
     "vpmaddwd512": Dot(16, 2, "int16", "int16", "llvm.x86.avx512.pmaddw.d.512"),
+    # vpmaddubsw adds two u8*s8 products in int16: exact while the schedule widens in time.
+    "vpmaddubsw128": Dot(
+        4, 4, "uint8", "int8", "llvm.x86.ssse3.pmadd.ub.sw.128",
+        halves=2, flush="llvm.x86.sse2.pmadd.wd",
+    ),
+    "vpmaddubsw256": Dot(
+        8, 4, "uint8", "int8", "llvm.x86.avx2.pmadd.ub.sw",
+        halves=2, flush="llvm.x86.avx2.pmadd.wd",
+    ),
+    "vpmaddubsw512": Dot(
+        16, 4, "uint8", "int8", "llvm.x86.avx512.pmaddubs.w.512",
+        halves=2, flush="llvm.x86.avx512.pmaddw.d.512",
+    ),
     "vpdpbusd512": Dot(16, 4, "uint8", "int8", "llvm.x86.avx512.vpdpbusd.512", accumulates=True),
 }
 
@@ -74,7 +93,7 @@ def _instruction(dot: Dot) -> Any:
     vector, wide, broadcast = f"int32x{lanes}", lanes * group, f"{data}x{group}"
 
     def product(a: Any, b: Any, c: Any) -> Any:
-        intrinsic = T.llvm_lookup_intrinsic_id(dot.llvm)
+        intrinsic = llvm_intrinsic(dot.llvm)
         word = T.broadcast(T.reinterpret(a, dtype="int32"), lanes)
         spread = T.reinterpret(word, dtype=f"{data}x{wide}")
         if dot.accumulates:
@@ -96,3 +115,91 @@ def _instruction(dot: Dot) -> Any:
             )
 
     return instruction
+
+
+@cache
+def register_halves(name: str) -> tuple[str, str]:
+    """Register an int16-accumulating instruction and its flush; return both names."""
+    dot = DOTS[name]
+    TensorIntrin.register(f"mpqc.{name}", *_halves(dot))
+    TensorIntrin.register(f"mpqc.{name}.flush", *_flush(dot))
+    return f"mpqc.{name}", f"mpqc.{name}.flush"
+
+
+def _halves(dot: Dot) -> tuple[Any, Any]:
+    """``C[i, h] += A[2h] * B[i, 2h] + A[2h+1] * B[i, 2h+1]`` in int16: meaning and instruction."""
+    lanes, wide = dot.lanes, 4 * dot.lanes
+    vector = f"int16x{2 * lanes}"
+
+    @T.prim_func(s_tir=True)
+    def meaning(
+        A: T.Buffer((4,), "uint8", offset_factor=1),  # noqa: N803
+        B: T.Buffer((lanes, 4), "int8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes, 0:2], A[0:4], B[0:lanes, 0:4])
+            T.writes(C[0:lanes, 0:2])
+            for i, h, k in T.grid(lanes, 2, 2):
+                with T.sblock("update"):
+                    vi, vh, vk = T.axis.remap("SSR", [i, h, k])
+                    C[vi, vh] = C[vi, vh] + T.cast(A[vh * 2 + vk], "int16") * T.cast(
+                        B[vi, vh * 2 + vk], "int16"
+                    )
+
+    def product(a: Any, b: Any, c: Any) -> Any:
+        word = T.broadcast(T.reinterpret(a, dtype="int32"), lanes)
+        spread = T.reinterpret(word, dtype=f"uint8x{wide}")
+        intrinsic = llvm_intrinsic(dot.llvm)
+        return c + T.call_llvm_pure_intrin(intrinsic, spread, b, dtype=vector)
+
+    @T.prim_func(s_tir=True)
+    def instruction(
+        A: T.Buffer((4,), "uint8", offset_factor=1),  # noqa: N803
+        B: T.Buffer((lanes, 4), "int8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes, 0:2], A[0:4], B[0:lanes, 0:4])
+            T.writes(C[0:lanes, 0:2])
+            C.vstore(
+                [0, 0],
+                product(A.vload([0], "uint8x4"), B.vload([0, 0], f"int8x{wide}"), C.vload([0, 0], vector)),
+            )
+
+    return meaning, instruction
+
+
+def _flush(dot: Dot) -> tuple[Any, Any]:
+    """``C[i] += P[i, 0] + P[i, 1]``, int16 to int32: meaning and instruction."""
+    lanes = dot.lanes
+    narrow, vector = f"int16x{2 * lanes}", f"int32x{lanes}"
+
+    @T.prim_func(s_tir=True)
+    def meaning(
+        P: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "int32", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], P[0:lanes, 0:2])
+            T.writes(C[0:lanes])
+            for i, h in T.grid(lanes, 2):
+                with T.sblock("update"):
+                    vi, vh = T.axis.remap("SR", [i, h])
+                    C[vi] = C[vi] + T.cast(P[vi, vh], "int32")
+
+    def widened(p: Any) -> Any:
+        ones = T.broadcast(T.int16(1), 2 * lanes)
+        return T.call_llvm_pure_intrin(llvm_intrinsic(dot.flush), p, ones, dtype=vector)
+
+    @T.prim_func(s_tir=True)
+    def instruction(
+        P: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "int32", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], P[0:lanes, 0:2])
+            T.writes(C[0:lanes])
+            C.vstore([0], C.vload([0], vector) + widened(P.vload([0, 0], narrow)))
+
+    return meaning, instruction

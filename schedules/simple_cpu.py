@@ -39,6 +39,18 @@ def pack(sch: Schedule) -> None:
         sch.parallel(sch.fuse(plane, pixel))
 
 
+def expand(sch: Schedule) -> None:
+    row, entry = sch.get_loops(sch.get_sblock("rows"))
+    sch.vectorize(entry)
+    outer, inner = sch.split(row, [None, largest_factor(int(sch.get(row).extent), 256)])
+    if int(sch.get(outer).extent) * int(sch.get(inner).extent) >= SMALL // 16:
+        sch.parallel(outer)
+
+
+def largest_factor(extent: int, most: int) -> int:
+    return max(d for d in range(1, min(extent, most) + 1) if extent % d == 0)
+
+
 def window_sum(sch: Schedule) -> None:
     for name in ("pixel_sum", "window_sum"):
         n, y, *_ = sch.get_loops(sch.get_sblock(name))

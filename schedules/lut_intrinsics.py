@@ -1,0 +1,86 @@
+"""Byte shuffles as tensor intrinsics: many lanes look into one table of sixteen sums.
+
+All compute ``C[i] += T[B[i]]`` in uint8 for nibbles B and a table whose entries are subset sums,
+``T[b] = sum_t bit_t(b) * T[2**t]``; the meaning is written that way, because TVM does not match a
+gather.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tvm.s_tir import TensorIntrin
+from tvm.script import tirx as T
+
+from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One instruction: ``lanes`` bytes shuffle a table of 16 bytes in every 128-bit part."""
+
+    lanes: int
+    llvm: str
+
+
+LOOKUPS: dict[str, Lookup] = {
+    "vpshufb128": Lookup(16, "llvm.x86.ssse3.pshuf.b.128"),
+    "vpshufb256": Lookup(32, "llvm.x86.avx2.pshuf.b"),
+    "vpshufb512": Lookup(64, "llvm.x86.avx512.pshuf.b.512"),
+}
+_SEEN = 9  # entries 0..8 are those that the meaning reads; the instruction loads all sixteen
+
+
+@cache
+def register_lookup(name: str) -> str:
+    """Register the intrinsic with TVM once; return the name that ``tensorize`` takes."""
+    lookup = LOOKUPS[name]
+    TensorIntrin.register(f"mpqc.{name}", _meaning(lookup.lanes), _instruction(lookup))
+    return f"mpqc.{name}"
+
+
+def _meaning(lanes: int) -> Any:
+    @T.prim_func(s_tir=True)
+    def meaning(
+        A: T.Buffer((_SEEN,), "uint8", offset_factor=1),  # noqa: N803
+        B: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:_SEEN], B[0:lanes])
+            T.writes(C[0:lanes])
+            for i in T.serial(lanes):
+                with T.sblock("update"):
+                    vi = T.axis.remap("S", [i])
+                    C[vi] = C[vi] + (
+                        A[0]
+                        + ((B[vi] >> T.uint8(0)) & T.uint8(1)) * A[1]
+                        + ((B[vi] >> T.uint8(1)) & T.uint8(1)) * A[2]
+                        + ((B[vi] >> T.uint8(2)) & T.uint8(1)) * A[4]
+                        + ((B[vi] >> T.uint8(3)) & T.uint8(1)) * A[8]
+                    )
+
+    return meaning
+
+
+def _instruction(lookup: Lookup) -> Any:
+    lanes, vector = lookup.lanes, f"uint8x{lookup.lanes}"
+
+    def picked(table: Any, nibbles: Any) -> Any:
+        intrinsic = llvm_intrinsic(lookup.llvm)
+        if lanes > 16:
+            table = T.Shuffle([table] * (lanes // 16), [T.int32(i) for i in range(lanes)])
+        return T.call_llvm_pure_intrin(intrinsic, table, nibbles, dtype=vector)
+
+    @T.prim_func(s_tir=True)
+    def instruction(
+        A: T.Buffer((_SEEN,), "uint8", offset_factor=1),  # noqa: N803
+        B: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:_SEEN], B[0:lanes])
+            T.writes(C[0:lanes])
+            C.vstore([0], C.vload([0], vector) + picked(A.vload([0], "uint8x16"), B.vload([0], vector)))
+
+    return instruction
