@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench readme clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ bench: $(VENV)/.run ## latency of ResNet-18 against ONNX Runtime on this machine
 	$(BIN)/mpqc compile build/resnet18.onnx --bits w2a2 --data build/resnet18.npz \
 	    -o build/resnet18 --overwrite
 	$(BIN)/mpqc bench build/resnet18 --against ort-fp32,ort-int8
+
+readme: $(VENV)/.run ## write the generated parts of README.md: support table, demo output
+	$(BIN)/python docs/update_readme.py --demo
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -83,12 +83,12 @@ def calibrate_plan(
     plan: Plan,
     data: Data | None,
     options: Options,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> Calibration:
     """Histograms of every tensor that the plan quantizes."""
     tensors = tensors_to_calibrate(graph, plan)
     if not tensors:
-        return Calibration({})
+        return Calibration({}, samples=0)
     if data is None:
         raise UsageError("quantizing needs calibration data: give --data")
     return calibrate(
@@ -146,7 +146,7 @@ def compile_model(
     force: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda _: None,
-    calibration_progress: Callable[[int], None] | None = None,
+    calibration_progress: Callable[[int, int | None], None] | None = None,
     callback: Callback | None = None,
 ) -> Artifact:
     """Compile an ONNX model into an artifact folder.
@@ -165,7 +165,7 @@ def compile_model(
         force: accept a plan of another model where the names fit.
         overwrite: replace an artifact at ``output``.
         progress: called with each phase's name.
-        calibration_progress: called with the number of samples seen.
+        calibration_progress: called with the samples done and in all (None: unknown).
         callback: called with each pass and the graph that it left.
 
     Raises:

@@ -1,0 +1,5 @@
+"""``python -m mpqc``."""
+
+from mpqc.cli import main
+
+main()
