@@ -159,7 +159,6 @@ def _raw_interface() -> Iterator[None]:
 
 
 def _make_raw_api() -> Any:
-    @tvm.transform.module_pass(opt_level=0, name="mpqc.MakeRawAPI")
     def transform(module: Any, _context: Any) -> Any:
         return tvm.IRModule(
             {
@@ -168,7 +167,7 @@ def _make_raw_api() -> Any:
             }
         )
 
-    return transform
+    return tvm.transform.module_pass(transform, opt_level=0, name="mpqc.MakeRawAPI")
 
 
 def _raw(func: Any) -> Any:

@@ -370,7 +370,10 @@ def half_conv(
 
 
 def grouped_conv(
-    codes: te.Tensor, weight: te.Tensor, window: Window, image: tuple[int, int, int, int],
+    codes: te.Tensor,
+    weight: te.Tensor,
+    window: Window,
+    image: tuple[int, int, int, int],
     group_out: int,
 ) -> te.Tensor:
     """Convolve integer codes with few channels a group (depthwise: one).
@@ -468,6 +471,7 @@ def requantize(value: Expr, zero_point: int, low: int, high: int) -> Expr:
 
 
 def literal(value: float) -> Expr:
+    """A float32 constant."""
     return tirx.const(float(value), "float32")
 
 
@@ -489,7 +493,9 @@ def apply(node: Node, operands: Sequence[Expr]) -> Expr:
         return _affine(operands)
     if node.op in ("Requantize", "Quantize"):
         top = 2 ** node.int_attr("bits") - 1
-        value = _affine(operands) if node.op == "Requantize" else x / literal(node.float_attr("scale"))
+        value = (
+            _affine(operands) if node.op == "Requantize" else x / literal(node.float_attr("scale"))
+        )
         return requantize(
             value, node.int_attr("zero_point"), node.int_attr("low", 0), node.int_attr("high", top)
         )

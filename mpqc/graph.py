@@ -37,7 +37,9 @@ import numpy.typing as npt
 from mpqc.errors import GraphError
 
 Array: TypeAlias = npt.NDArray[Any]
-Attribute: TypeAlias = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...] | Array
+Attribute: TypeAlias = (
+    int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...] | Array
+)
 
 QUANTIZED_OPS = frozenset(
     {"Quantize", "Dequantize", "IntConv", "IntMatMul", "Affine", "Requantize"}
@@ -61,9 +63,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         if not (1 <= self.weight <= 8 and 1 <= self.activation <= 8):
-            raise GraphError(
-                f"bitwidths must be from 1 to 8, got w{self.weight}a{self.activation}"
-            )
+            raise GraphError(f"bitwidths must be from 1 to 8, got w{self.weight}a{self.activation}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -150,7 +150,7 @@ class Node:
 
     def ints_attr(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         value = self.attrs.get(name, default)
-        return tuple(int(v) for v in value)  # type: ignore[union-attr, arg-type]
+        return tuple(int(v) for v in value)  # type: ignore[union-attr]
 
     def str_attr(self, name: str, default: str = "") -> str:
         return str(self.attrs.get(name, default))
@@ -299,7 +299,8 @@ class Graph:
         attrs = ", ".join(f"{key}={_show(value)}" for key, value in sorted(node.attrs.items()))
         kinds = ", ".join(str(self._types[value]) for value in node.outputs if value)
         name = "" if node.outputs and node.name == node.output else f" @{node.name}"
-        return f"{targets} = {node.op}({operands}){' {' + attrs + '}' if attrs else ''} : {kinds}{name}"
+        braces = f" {{{attrs}}}" if attrs else ""
+        return f"{targets} = {node.op}({operands}){braces} : {kinds}{name}"
 
     @classmethod
     def parse(cls, text: str, constants: Mapping[str, Array] | None = None) -> "Graph":

@@ -15,7 +15,7 @@ from tvm.s_tir import Schedule
 from mpqc import compute
 from mpqc.compute import Window
 from mpqc.graph import TensorType
-from mpqc.schedules import conv_cpu, simple_cpu
+from mpqc.schedules import conv_cpu, pad_script, simple_cpu
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.target import Target
@@ -186,6 +186,7 @@ class Layer:
 
 
 def largest_divisor(extent: int, most: int) -> int:
+    """The largest divisor of ``extent`` that is at most ``most``, at least 1."""
     return max(d for d in range(1, max(1, min(extent, most)) + 1) if extent % d == 0)
 
 
@@ -202,7 +203,7 @@ def flatten_pixels(layer: Layer, most: int) -> Layer:
 
 # Tiles that were fastest over 3x3 layers of 56, 28, 14 and 7 pixels (benchmarks/layers.py), by
 # (pixels, vectors), in the order in which they are tried: the first that divides the layer fits.
-_TILES = {
+_TILES: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
     ("bitplane", 512): ((7, 1), (4, 1), (8, 1), (2, 2), (1, 4), (1, 2)),
     ("bitplane", 256): ((7, 1), (2, 2), (4, 1), (1, 4), (1, 2)),
     ("lut", 512): ((7, 1), (4, 2), (2, 4), (2, 2), (4, 1), (1, 4), (1, 2)),
@@ -210,6 +211,7 @@ _TILES = {
     ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4), (1, 4), (1, 2)),
     ("dot", 256): ((4, 2), (7, 1), (14, 1), (8, 1), (2, 4), (5, 2), (3, 2), (1, 4), (1, 2)),
 }
+_LARGE_LUT: dict[int, tuple[tuple[int, int], ...]] = {512: ((4, 2), (2, 2)), 256: ((2, 2),)}
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
 
 
@@ -218,7 +220,7 @@ def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
     blocks = -(-layer.group_out // lanes)
     fallback = (largest_divisor(layer.window.ow, 7), 1)
     if kind == "lut" and layer.window.ow >= 56 and blocks % 2 == 0:  # tables come from L2
-        pairs = ((4, 2), (2, 2)) if width == 512 else ((2, 2),)
+        pairs = _LARGE_LUT[width]
     else:
         pairs = _TILES[kind, width]
     for pixels, vectors in (*pairs, fallback):
@@ -256,6 +258,7 @@ def dot_tile(layer: Layer, target: Target, lanes: int) -> Tile:
 
 
 def grouped_tile(layer: Layer, target: Target) -> Tile:
+    """Default tile of the multiply-add kernel: the block divides the channels."""
     lanes = target.vector_bits // 32
     block = largest_divisor(layer.out_channels, 4 * lanes)
     if layer.group_in == layer.group_out == 1:
@@ -294,7 +297,10 @@ def _correction(layer: Layer) -> list[Any]:
 def bitplane_kernel(
     layer: Layer, operands: Sequence[Operand], outputs: Sequence[Output], tile: Tile
 ) -> Kernel:
-    """Arguments: planes, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs."""
+    """Popcount kernel.
+
+    Arguments: planes, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs.
+    """
     window, groups = layer.window, layer.groups
     n, h, w, _ = layer.image
     image = (layer.activation_bits, n, h, w, layer.group_bytes * groups)
@@ -337,7 +343,10 @@ def lut_kernel(
     tile: Tile,
     instruction: str,
 ) -> Kernel:
-    """Arguments: rows, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs."""
+    """Lookup kernel.
+
+    Arguments: rows, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs.
+    """
     window, image = layer.window, lut_image(layer)
     run = layer.run_pixels * image[3]
     top = 2**layer.activation_bits - 1
@@ -403,22 +412,35 @@ def dot_kernel(
     outputs: Sequence[Output],
     tile: Tile,
     instruction: str,
-    largest_product: int,
+    largest_product: int | None = None,
 ) -> Kernel:
     """Arguments: codes, weight [O/B, KH, taps, run/t, B, t], [correction], operands; outputs.
 
-    ``largest_product`` bounds |code * weight|: how long int16 sums stay exact.
+    ``largest_product`` bounds |code * weight|: it tells how long int16 sums stay exact, and
+    instructions that sum in int16 need it.
     """
     dot = DOTS[instruction]
     run = -(-layer.run_pixels * layer.image[3] // dot.group)
     codes = te.placeholder((prod(layer.image),), dot.data, "codes")
     weight = te.placeholder(
-        (-(-layer.out_channels // tile.block), layer.window.kh, layer.taps, run, tile.block, dot.group),
+        (
+            -(-layer.out_channels // tile.block),
+            layer.window.kh,
+            layer.taps,
+            run,
+            tile.block,
+            dot.group,
+        ),
         dot.weight,
         "weight",
     )
     if dot.halves:
-        chunk = largest_divisor(run, half_steps(largest_product))
+        steps = half_steps(largest_product) if largest_product is not None else 0
+        if not steps:
+            raise ValueError(
+                f"{instruction} would overflow int16 with products of {largest_product}"
+            )
+        chunk = largest_divisor(run, steps)
         acc = compute.half_conv(codes, weight, layer.window, layer.image, chunk)
     else:
         acc = compute.dot_conv(codes, weight, layer.window, layer.image)
@@ -497,5 +519,5 @@ def pad_kernel(
         dtypes: of source and result.
         last_mask: ANDed into the fill of the last byte of a pixel (unused bits stay zero).
     """
-    func, kinds = simple_cpu.pad(images, size, pads, tuple(fill), dtypes, last_mask)
+    func, kinds = pad_script.pad(images, size, pads, tuple(fill), dtypes, last_mask)
     return Kernel(func, (kinds[0],), (kinds[1],), "pad")

@@ -11,46 +11,29 @@ Values of codes exist in the forms that their readers ask for: bytes, or packed 
 copies (padding, packing) is a step of its own and visible in the profile.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import networkx as nx
 import numpy as np
 import tvm_ffi
 
-from mpqc import compute, kernels
-from mpqc.compute import Window
+from mpqc import kernels
+from mpqc.epilogue import Epilogue
 from mpqc.errors import PassError
 from mpqc.graph import Array, Graph, Node, Precision, TensorType
-from mpqc.kernels import Kernel, Layer, Operand, Output, Reader, Shape
+from mpqc.grouping import LAYERS, Group, form_groups
+from mpqc.kernels import Kernel, Layer, Operand, Output, Shape
 from mpqc.numerics import weight_codes
 from mpqc.onnx_to_tir import convert_region
 from mpqc.packing import bitplane_weights, dot_weights, grouped_weights, lut_weights
 from mpqc.passes.channels_last import SUFFIX, first
-from mpqc.passes.fuse_requantize import clip_bounds
 from mpqc.program import LayerRecord, Program, Step, Tap
 from mpqc.schedules import float_cpu
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.select_kernel import Choice, Selector
 from mpqc.target import Target, llvm_target
-
-LAYERS = frozenset({"IntConv", "IntMatMul"})
-# Elementwise operators whose float32 result does not depend on who computes it.
-EXACT = frozenset({
-    "Affine", "Requantize", "Quantize", "Dequantize",
-    "Relu", "Clip", "LeakyRelu", "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Identity",
-})  # fmt: skip
-MOST_FUSED = 12  # nodes of an epilogue: each stage repeats what it does not read back
-
-
-@dataclass
-class Group:
-    """Nodes that become one kernel (or, for a region, a few)."""
-
-    kind: str  # "layer", "elementwise" or "region"
-    nodes: list[Node] = field(default_factory=list)
 
 
 def lower(graph: Graph, target: Target, selector: Selector) -> Program:
@@ -68,121 +51,6 @@ def lower(graph: Graph, target: Target, selector: Selector) -> Program:
         RegionError: a float operator cannot be converted.
     """
     return _Lowering(graph, target, selector).run()
-
-
-# ------------------------------------------------------------------------------------- grouping
-
-
-def form_groups(graph: Graph) -> list[Group]:
-    """Assign every node to a group and order the groups so that each reads only earlier ones."""
-    owner: dict[str, int] = {}
-    groups: list[Group] = []
-    dag = nx.DiGraph()
-    dag.add_nodes_from(node.name for node in graph)
-    for node in graph:
-        for value in filter(None, node.inputs):
-            producer = graph.producer(value)
-            if producer is not None:
-                dag.add_edge(producer.name, node.name)
-
-    def grow(root: Node, kind: str) -> None:
-        group = Group(kind, [root])
-        owner[root.name] = len(groups)
-        groups.append(group)
-        shape = graph.shape(root.output)
-        inside = {root.name}
-        frontier = [root]
-        while frontier:
-            for node in graph.consumers(frontier.pop(0).output):
-                if node.name in owner or not _fusible(graph, node, shape, kind):
-                    continue
-                if len(inside) >= MOST_FUSED or _cycles(dag, inside, node.name):
-                    continue
-                owner[node.name] = owner[root.name]
-                inside.add(node.name)
-                nx.contracted_nodes(dag, root.name, node.name, self_loops=False, copy=False)
-                group.nodes.append(node)
-                frontier.append(node)
-
-    order = list(graph)
-    for node in reversed(order):
-        if node.op in LAYERS:
-            grow(node, "layer")
-    for node in order:
-        if node.name not in owner and node.op in ("Quantize", "Dequantize", "Affine", "Requantize"):
-            grow(node, "elementwise")
-    rank = {node.name: index for index, node in enumerate(order)}
-    for group in groups:
-        group.nodes.sort(key=lambda node: rank[node.name])
-    heads = {group.nodes[0].name: group for group in groups}
-    roots = {name: groups[index] for name, index in owner.items()}
-    return _sequence(graph, dag, roots, heads, rank)
-
-
-def _cycles(dag: Any, inside: set[str], node: str) -> bool:
-    """Whether fusing the node would make the group wait for itself."""
-    root = next(name for name in inside if name in dag)
-    return any(
-        producer != root and nx.has_path(dag, root, producer) for producer in dag.predecessors(node)
-    )
-
-
-def _fusible(graph: Graph, node: Node, shape: tuple[int, ...], kind: str) -> bool:
-    if node.op not in EXACT or graph.shape(node.output) != shape:
-        return False
-    channels = shape[-1] if shape else 1
-    for index, value in enumerate(node.inputs):
-        if not value or (node.op == "Clip" and index > 0):
-            continue
-        if value in graph.constants:
-            array = graph.constants[value]
-            vector = array.size == channels == (array.shape[-1] if array.ndim else 0)
-            if array.dtype != np.float32 or not (array.size == 1 or vector):
-                return False
-            if node.op in ("Affine", "Requantize") and node.int_attr("axis", 1) != len(shape) - 1:
-                return False
-        elif graph.shape(value) != shape:
-            return False
-        elif graph.type(value).dtype not in ("float32", "uint8", "int32"):
-            return False
-    if node.op == "Clip" and clip_bounds(graph, node) is None:
-        return False
-    return graph.type(node.output).dtype in ("float32", "uint8")
-
-
-def _sequence(
-    graph: Graph,
-    dag: Any,
-    owner: dict[str, Group],
-    heads: dict[str, Group],
-    rank: dict[str, int],
-) -> list[Group]:
-    """Topological order of the contracted graph; float nodes gather into maximal runs."""
-    del heads
-    waiting = {name: dag.in_degree(name) for name in dag}
-    ready = sorted((name for name, count in waiting.items() if not count), key=rank.__getitem__)
-    result: list[Group] = []
-    while ready:
-        floats = [name for name in ready if name not in owner]
-        in_region = bool(result) and result[-1].kind == "region"
-        name = floats[0] if floats and (in_region or len(floats) == len(ready)) else None
-        name = name or next((n for n in ready if n in owner), ready[0])
-        ready.remove(name)
-        if name in owner:
-            result.append(owner[name])
-        elif in_region:
-            result[-1].nodes.append(graph[name])
-        else:
-            result.append(Group("region", [graph[name]]))
-        for successor in dag.successors(name):
-            waiting[successor] -= 1
-            if not waiting[successor]:
-                ready.append(successor)
-        ready.sort(key=rank.__getitem__)
-    return result
-
-
-# ------------------------------------------------------------------------------------- lowering
 
 
 class _Lowering:
@@ -283,11 +151,11 @@ class _Lowering:
         layer_node = head if head.op in LAYERS else None
         epilogue = group.nodes[1:] if layer_node is not None else group.nodes
         shape = self.graph.shape(head.output)
-        plan = _Epilogue(self.graph, layer_node, epilogue)
+        plan = Epilogue(self.graph, layer_node, epilogue)
         outputs = self._output_specs(plan, group, layer_node)
         if layer_node is None:
             image = _image_shape(shape)
-            operands = [self._operand(o) for o in plan.operands]
+            operands = [self._operand(o, image[3]) for o in plan.operands]
             kernel = kernels.elementwise_kernel(
                 image, plan.operands, [spec.output for spec in outputs]
             )
@@ -298,14 +166,16 @@ class _Lowering:
         for spec in outputs:
             self._tap(spec.value)
 
-    def _operand(self, operand: Operand) -> str:
-        if operand.per_channel:
-            return self._constant(operand.name, self.graph.constants[operand.name].reshape(-1))
-        return self._value(operand.name)
+    def _operand(self, operand: Operand, channels: int) -> str:
+        if not operand.per_channel:
+            return self._value(operand.name)
+        vector = self.graph.constants[operand.name].reshape(-1)
+        if vector.size == channels:
+            return self._constant(operand.name, vector)
+        # one factor for all channels: the kernel reads a vector
+        return self._constant(f"{operand.name}.{channels}", np.full(channels, vector[0]))
 
-    def _output_specs(
-        self, plan: "_Epilogue", group: Group, layer: Node | None
-    ) -> list["_Spec"]:
+    def _output_specs(self, plan: "Epilogue", group: Group, layer: Node | None) -> list["_Spec"]:
         """Values of the group that others read, in the forms that they read."""
         inside = {node.name for node in group.nodes}
         specs = []
@@ -349,7 +219,7 @@ class _Lowering:
                 return False
         return any(self._form(value, reader) == "planes" for reader in readers)
 
-    def _layer(self, node: Node, plan: "_Epilogue", specs: Sequence["_Spec"]) -> None:
+    def _layer(self, node: Node, plan: "Epilogue", specs: Sequence["_Spec"]) -> None:
         choice = self.choices[node.name]
         layer, tile = choice.layer, choice.tile
         weight = self.graph.constants[node.inputs[1]]
@@ -388,12 +258,12 @@ class _Lowering:
             kernel = kernels.grouped_kernel(layer, plan.operands, outputs, tile)
         else:
             product = int(np.abs(weight.astype(np.int64)).max(initial=0)) * (
-                2 ** layer.activation_bits - 1
+                2**layer.activation_bits - 1
             )
             kernel = kernels.dot_kernel(
                 layer, plan.operands, outputs, tile, choice.variant, product
             )
-        inputs += [self._operand(operand) for operand in plan.operands]
+        inputs += [self._operand(operand, layer.out_channels) for operand in plan.operands]
         names = [name for spec in specs for name in spec.names]
         self._call(kernel, inputs, names, node.name, choice.kind)
         self.program.layers.append(_record(node, choice, weight))
@@ -401,8 +271,10 @@ class _Lowering:
     def _rows(self, node: Node, choice: Choice) -> str:
         """Buffer with the layer's padded input in the form that its kernel reads."""
         value, layer = node.inputs[0], choice.layer
-        shape = _image_shape(self.graph.shape(value)) if node.op == "IntMatMul" else _nhwc(
-            self.graph.shape(value)
+        shape = (
+            _image_shape(self.graph.shape(value))
+            if node.op == "IntMatMul"
+            else _nhwc(self.graph.shape(value))
         )
         bits, zero_point = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
         if choice.kind != "bitplane":
@@ -497,58 +369,6 @@ class _Spec:
     value: str
     output: Output
     names: tuple[str, ...]
-
-
-class _Epilogue:
-    """Elementwise nodes as expressions over an accumulator and operands."""
-
-    def __init__(self, graph: Graph, layer: Node | None, nodes: Sequence[Node]) -> None:
-        self.graph = graph
-        self.accumulator = layer.output if layer is not None else None
-        self.nodes = {node.output: node for node in nodes}
-        self.operands: list[Operand] = []
-        self.stored: dict[str, str] = {}  # value -> output stage that later stages read back
-        seen: set[str] = set()
-        for node in nodes:
-            for index, value in enumerate(node.inputs):
-                if not value or value in seen or value in self.nodes or value == self.accumulator:
-                    continue
-                if node.op == "Clip" and index > 0:
-                    continue
-                constant = graph.constants.get(value)
-                if constant is not None and constant.size == 1 and self._scalar(node):
-                    continue
-                seen.add(value)
-                self.operands.append(
-                    Operand(value, constant is not None, graph.type(value).dtype)
-                )
-
-    def _scalar(self, node: Node) -> bool:
-        """Scalars become literals; a layer's m and b stay arrays, so that kernels are shared."""
-        return node.op not in ("Affine", "Requantize")
-
-    def cell(self, value: str) -> Callable[[Reader], Any]:
-        return lambda reader: self._expression(value, reader, top=True)
-
-    def _expression(self, value: str, reader: Reader, top: bool = False) -> Any:
-        if value == self.accumulator:
-            return reader("acc")
-        if not top and value in self.stored:
-            return reader(self.stored[value])
-        node = self.nodes.get(value)
-        if node is None:
-            constant = self.graph.constants.get(value)
-            if constant is not None and constant.size == 1 and not self._is_operand(value):
-                return compute.literal(float(constant.reshape(())))
-            return reader(value)
-        if node.op == "Clip":
-            low, high = clip_bounds(self.graph, node) or (-np.inf, np.inf)
-            return compute.clip(self._expression(node.inputs[0], reader), low, high)
-        operands = [self._expression(v, reader) for v in node.inputs if v]
-        return compute.apply(node, operands)
-
-    def _is_operand(self, value: str) -> bool:
-        return any(operand.name == value for operand in self.operands)
 
 
 def _record(node: Node, choice: Choice, weight: Array) -> LayerRecord:

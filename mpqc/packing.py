@@ -78,7 +78,7 @@ def lut_weights(codes: Array, bits: int, taps: int, block: int) -> Array:
         uint8 [ceil(O/B), J, KH, taps, run, B], run = KW/taps * ceil(C/4); bit t of a nibble is
         channel 4*k + t.
     """
-    out, channels, kh, kw = codes.shape
+    out, channels, kh, _ = codes.shape
     last = np.pad(codes.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [(0, -channels % 4)])
     planes = (last[None] >> np.arange(bits, dtype=np.uint8).reshape(-1, 1, 1, 1, 1)) & 1
     nibbles = planes.reshape(bits, out, kh, taps, -1, 4) @ np.array([1, 2, 4, 8], np.uint8)

@@ -183,19 +183,18 @@ def geometry(graph: Graph, node: Node) -> tuple[Layer, tuple[int, int, int, int]
     ones = (1,) * rank
     strides, dilations = node.ints_attr("strides", ones), node.ints_attr("dilations", ones)
     before, after = _pads(node, shape[1:-1], out[1:-1], kernel, strides, dilations)
-    one = (1,) if rank == 1 else ()
-    zero_pad = (0,) if rank == 1 else ()
-    kh, kw = (*one, *kernel)
-    sy, sx = (*one, *strides)
-    dy, dx = (*one, *dilations)
-    oh, ow = (*one, *out[1:-1])
-    h, w = (*one, *shape[1:-1])
-    top, left = (*zero_pad, *before)
-    bottom, right = (*zero_pad, *after)
+    (kh, kw), (sy, sx), (dy, dx) = _plane(kernel), _plane(strides), _plane(dilations)
+    (oh, ow), (h, w) = _plane(out[1:-1]), _plane(shape[1:-1])
+    (top, left), (bottom, right) = _plane(before, 0), _plane(after, 0)
     window = Window(shape[0], oh, ow, kh, kw, sy, sx, dy, dx)
     image = (shape[0], h + top + bottom, w + left + right, shape[-1])
     layer = Layer(window, image, out[-1], node.int_attr("group", 1), *bits, odd, zero)
     return layer, (top, left, bottom, right)
+
+
+def _plane(values: tuple[int, ...], missing: int = 1) -> tuple[int, int]:
+    """One or two spatial values as two: a 1-D convolution is one row."""
+    return (missing, values[0]) if len(values) == 1 else (values[0], values[1])
 
 
 def _pads(

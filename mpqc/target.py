@@ -1,5 +1,7 @@
-"""Targets: the machines that mpqc builds for, named as users name them, with the facts that
-schedules need. A build for a target never contains an instruction that the target lacks.
+"""Targets: the machines that mpqc builds for, named as users name them.
+
+Each carries the facts that schedules need. A build for a target never contains an instruction
+that the target lacks.
 """
 
 import json

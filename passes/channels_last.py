@@ -77,14 +77,16 @@ class _Writer:
             rank = len(self.graph.shape(node.output))
             axis = last(rank).index(node.int_attr("axis") % rank)
             self._write_last(node, images=len(node.inputs), attrs={"axis": axis})
-        elif node.op == "Slice" and self._all_last(node.inputs[:1]) and self._remap_slice(node):
-            pass
-        elif node.op == "Pad" and self._all_last(node.inputs[:1]) and self._remap_pad(node):
-            pass
-        else:
+        elif not self._remapped(node):
             inputs = [self.channels_first(value) if value else "" for value in node.inputs]
             self.nodes.append(replace(node, inputs=tuple(inputs)))
             self.first_ready |= set(filter(None, node.outputs))
+
+    def _remapped(self, node: Node) -> bool:
+        """Slice and Pad of an image follow it when their axes are known."""
+        if node.op not in ("Slice", "Pad") or not self._all_last(node.inputs[:1]):
+            return False
+        return self._remap_slice(node) if node.op == "Slice" else self._remap_pad(node)
 
     def _image(self, value: str) -> bool:
         return len(self.graph.shape(value)) in (3, 4)
@@ -160,9 +162,7 @@ class _Writer:
             self.constants[target] = np.array(shape, np.int64)
             self.nodes.append(Node(f"{result}.turn", "Reshape", (source, target), (result,)))
             return
-        self.nodes.append(
-            Node(f"{result}.turn", "Transpose", (source,), (result,), {"perm": perm})
-        )
+        self.nodes.append(Node(f"{result}.turn", "Transpose", (source,), (result,), {"perm": perm}))
 
     def _remap_slice(self, node: Node) -> bool:
         """Slice with constant axes: rename the axes."""

@@ -64,9 +64,7 @@ def _epilogue(sch: Schedule, names: Sequence[str], at: Any, channels: int) -> No
         sch.vectorize(inner)
 
 
-def bitplane_conv(
-    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]
-) -> None:
+def bitplane_conv(sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]) -> None:
     """AND + popcount in uint8 lanes; LLVM finds vpopcntb, vpshufb or cnt."""
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
     at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile)
@@ -179,9 +177,7 @@ def half_conv(
     sch.tensorize(lane, flush)
 
 
-def grouped_conv(
-    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]
-) -> None:
+def grouped_conv(sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]) -> None:
     """Plain widening multiply-add, channels in the vector (depthwise) or broadcast."""
     acc = sch.get_sblock("acc")
     at, (pixel, vector, lane, ky, kx, c) = _outer(sch, acc, tile)

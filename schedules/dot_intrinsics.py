@@ -45,16 +45,31 @@ DOTS: dict[str, Dot] = {
     "vpmaddwd512": Dot(16, 2, "int16", "int16", "llvm.x86.avx512.pmaddw.d.512"),
     # vpmaddubsw adds two u8*s8 products in int16: exact while the schedule widens in time.
     "vpmaddubsw128": Dot(
-        4, 4, "uint8", "int8", "llvm.x86.ssse3.pmadd.ub.sw.128",
-        halves=2, flush="llvm.x86.sse2.pmadd.wd",
+        4,
+        4,
+        "uint8",
+        "int8",
+        "llvm.x86.ssse3.pmadd.ub.sw.128",
+        halves=2,
+        flush="llvm.x86.sse2.pmadd.wd",
     ),
     "vpmaddubsw256": Dot(
-        8, 4, "uint8", "int8", "llvm.x86.avx2.pmadd.ub.sw",
-        halves=2, flush="llvm.x86.avx2.pmadd.wd",
+        8,
+        4,
+        "uint8",
+        "int8",
+        "llvm.x86.avx2.pmadd.ub.sw",
+        halves=2,
+        flush="llvm.x86.avx2.pmadd.wd",
     ),
     "vpmaddubsw512": Dot(
-        16, 4, "uint8", "int8", "llvm.x86.avx512.pmaddubs.w.512",
-        halves=2, flush="llvm.x86.avx512.pmaddw.d.512",
+        16,
+        4,
+        "uint8",
+        "int8",
+        "llvm.x86.avx512.pmaddubs.w.512",
+        halves=2,
+        flush="llvm.x86.avx512.pmaddw.d.512",
     ),
     "vpdpbusd512": Dot(16, 4, "uint8", "int8", "llvm.x86.avx512.vpdpbusd.512", accumulates=True),
 }
@@ -111,7 +126,11 @@ def _instruction(dot: Dot) -> Any:
             T.writes(C[0:lanes])
             C.vstore(
                 [0],
-                product(A.vload([0], broadcast), B.vload([0, 0], f"{weight}x{wide}"), C.vload([0], vector)),
+                product(
+                    A.vload([0], broadcast),
+                    B.vload([0, 0], f"{weight}x{wide}"),
+                    C.vload([0], vector),
+                ),
             )
 
     return instruction
@@ -164,7 +183,11 @@ def _halves(dot: Dot) -> tuple[Any, Any]:
             T.writes(C[0:lanes, 0:2])
             C.vstore(
                 [0, 0],
-                product(A.vload([0], "uint8x4"), B.vload([0, 0], f"int8x{wide}"), C.vload([0, 0], vector)),
+                product(
+                    A.vload([0], "uint8x4"),
+                    B.vload([0, 0], f"int8x{wide}"),
+                    C.vload([0, 0], vector),
+                ),
             )
 
     return meaning, instruction

@@ -81,6 +81,8 @@ def _instruction(lookup: Lookup) -> Any:
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:_SEEN], B[0:lanes])
             T.writes(C[0:lanes])
-            C.vstore([0], C.vload([0], vector) + picked(A.vload([0], "uint8x16"), B.vload([0], vector)))
+            C.vstore(
+                [0], C.vload([0], vector) + picked(A.vload([0], "uint8x16"), B.vload([0], vector))
+            )
 
     return instruction

@@ -2,13 +2,8 @@
 
 from collections.abc import Sequence
 from math import gcd
-from typing import Any
 
-from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.script import tirx as T
-
-from mpqc.graph import TensorType
 
 LANES = 16
 SMALL = 1 << 15  # elements below which waking other threads costs more than it saves
@@ -33,6 +28,7 @@ def elementwise(sch: Schedule, names: Sequence[str]) -> None:
 
 
 def pack(sch: Schedule) -> None:
+    """Planes and pixels over the threads."""
     plane, pixel, byte = sch.get_loops(sch.get_sblock("planes"))
     del byte
     if int(sch.get(pixel).extent) * int(sch.get(plane).extent) >= SMALL // 8:
@@ -40,6 +36,7 @@ def pack(sch: Schedule) -> None:
 
 
 def expand(sch: Schedule) -> None:
+    """One vector a table."""
     row, entry = sch.get_loops(sch.get_sblock("rows"))
     sch.vectorize(entry)
     outer, inner = sch.split(row, [None, largest_factor(int(sch.get(row).extent), 256)])
@@ -48,68 +45,12 @@ def expand(sch: Schedule) -> None:
 
 
 def largest_factor(extent: int, most: int) -> int:
+    """The largest divisor of ``extent`` that is at most ``most``."""
     return max(d for d in range(1, min(extent, most) + 1) if extent % d == 0)
 
 
 def window_sum(sch: Schedule) -> None:
+    """Rows over the threads, for the pixels and then for the box."""
     for name in ("pixel_sum", "window_sum"):
         n, y, *_ = sch.get_loops(sch.get_sblock(name))
         sch.parallel(sch.fuse(n, y))
-
-
-def pad(
-    images: int,
-    size: tuple[int, int, int],
-    pads: tuple[int, int, int, int],
-    fill: tuple[int, ...],
-    dtypes: tuple[str, str],
-    last_mask: int,
-) -> tuple[Any, tuple[TensorType, TensorType]]:
-    """Rows of a bordered image: three plain loops each, which LLVM turns into memset and memcpy."""
-    height, width, channels = size
-    top, left, bottom, right = pads
-    rows, row = top + height + bottom, (left + width + right) * channels
-    inner, before, after = width * channels, left * channels, right * channels
-    source, result = dtypes
-    images_a_fill = images // len(fill)
-
-    def border(image: Any, column: Any) -> Any:
-        value = tirx.const(fill[0], result)
-        for index, other in enumerate(fill[1:], start=1):
-            value = tirx.Select(image >= index * images_a_fill, tirx.const(other, result), value)
-        if last_mask != 255:
-            last = tirx.const(last_mask, result)
-            value = tirx.Select(column % channels == channels - 1, value & last, value)
-        return value
-
-    loop = T.parallel if images * rows * row >= SMALL else T.serial
-
-    @T.prim_func(s_tir=True)
-    def bordered(
-        src: T.Buffer((images * height * inner,), source),
-        dst: T.Buffer((images * rows * row,), result),
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        for line in loop(images * rows):
-            with T.sblock("line"):
-                T.reads()
-                T.writes()
-                if T.And(line % rows >= top, line % rows < top + height):
-                    for r in T.serial(before):
-                        dst[line * row + r] = border(line // rows, r)
-                    for r in T.serial(inner):
-                        dst[line * row + before + r] = T.Cast(
-                            result,
-                            src[(line // rows * height + line % rows - top) * inner + r],
-                        )
-                    for r in T.serial(after):
-                        dst[line * row + before + inner + r] = border(line // rows, r)
-                else:
-                    for r in T.serial(row):
-                        dst[line * row + r] = border(line // rows, r)
-
-    kinds = (
-        TensorType(source, (images * height * inner,)),
-        TensorType(result, (images * rows * row,)),
-    )
-    return bordered, kinds
