@@ -107,6 +107,7 @@ def build(
         objects = _compile_kernels(program, target, work)
         offsets, size = _write_weights(program, work / "weights.bin")
         (work / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+        (work / "exports.map").write_text("{ global: mpqc_*; local: *; };\n", "utf-8")
         (work / "model.c").write_text(_model_source(program, memory, offsets, target), "utf-8")
         command = [
             *compiler, "-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden",
@@ -114,7 +115,7 @@ def build(
             "-I", str(CSRC), "-I", str(work),
             "-o", str(work / "model.so"), str(CSRC / "runtime.c"), str(work / "model.c"),
             *map(str, objects),
-            "-Wl,-Bsymbolic", "-Wl,-z,noexecstack", "-Wl,--gc-sections", "-lpthread", "-lm",
+            "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack", "-Wl,--gc-sections", "-lpthread", "-lm",
         ]  # fmt: skip
         result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         if result.returncode:

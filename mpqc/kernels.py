@@ -204,29 +204,33 @@ def flatten_pixels(layer: Layer, most: int) -> Layer:
 # Tiles that were fastest over 3x3 layers of 56, 28, 14 and 7 pixels (benchmarks/layers.py), by
 # (pixels, vectors), in the order in which they are tried: the first that divides the layer fits.
 _TILES: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
-    ("bitplane", 512): ((7, 1), (4, 1), (8, 1), (2, 2), (1, 4), (1, 2)),
-    ("bitplane", 256): ((7, 1), (2, 2), (4, 1), (1, 4), (1, 2)),
-    ("lut", 512): ((7, 1), (4, 2), (2, 4), (2, 2), (4, 1), (1, 4), (1, 2)),
-    ("lut", 256): ((7, 1), (2, 2), (4, 1), (1, 4), (1, 2)),
-    ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4), (1, 4), (1, 2)),
-    ("dot", 256): ((4, 2), (7, 1), (14, 1), (8, 1), (2, 4), (5, 2), (3, 2), (1, 4), (1, 2)),
+    ("bitplane", 512): ((7, 1), (4, 1), (8, 1), (2, 2)),
+    ("bitplane", 256): ((7, 1), (2, 2), (4, 1)),
+    ("lut", 512): ((7, 1), (4, 2), (2, 4), (2, 2), (4, 1)),
+    ("lut", 256): ((7, 1), (2, 2), (4, 1)),
+    ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4)),
+    ("dot", 256): ((4, 2), (7, 1), (14, 1), (8, 1), (2, 4), (5, 2), (3, 2)),
 }
 _LARGE_LUT: dict[int, tuple[tuple[int, int], ...]] = {512: ((4, 2), (2, 2)), 256: ((2, 2),)}
+_REGISTERS = {512: 26, 256: 12}  # accumulators, with some left for operands
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
 
 
 def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
     width = 512 if target.vector_bits == 512 or target.arch == "aarch64" else 256
     blocks = -(-layer.group_out // lanes)
-    fallback = (largest_divisor(layer.window.ow, 7), 1)
     if kind == "lut" and layer.window.ow >= 56 and blocks % 2 == 0:  # tables come from L2
         pairs = _LARGE_LUT[width]
     else:
         pairs = _TILES[kind, width]
-    for pixels, vectors in (*pairs, fallback):
-        if layer.window.ow % pixels == 0 and blocks % vectors == 0:
+    row = layer.window.ow
+    for pixels, vectors in pairs:
+        if row % pixels == 0 and blocks % vectors == 0:
             return Tile(pixels, vectors, lanes)
-    return Tile(1, 1, lanes)
+    registers = _REGISTERS[width]
+    pixels = largest_divisor(row, min(14, registers))
+    vectors = max(v for v in (1, 2, 3, 4, 6) if pixels * v <= registers and blocks % v == 0)
+    return Tile(pixels, vectors, lanes)
 
 
 def _channel_lanes(channels: int, most: int) -> int:

@@ -223,7 +223,7 @@ class _Lowering:
         choice = self.choices[node.name]
         layer, tile = choice.layer, choice.tile
         weight = self.graph.constants[node.inputs[1]]
-        weight = _as_conv_weight(node, weight)
+        weight = _as_conv_weight(node, weight, layer)
         data = self._rows(node, choice)
         inputs = [data]
         levels, bits = node.str_attr("weight_levels"), node.int_attr("weight_bits")
@@ -271,11 +271,7 @@ class _Lowering:
     def _rows(self, node: Node, choice: Choice) -> str:
         """Buffer with the layer's padded input in the form that its kernel reads."""
         value, layer = node.inputs[0], choice.layer
-        shape = (
-            _image_shape(self.graph.shape(value))
-            if node.op == "IntMatMul"
-            else _nhwc(self.graph.shape(value))
-        )
+        shape = choice.source
         bits, zero_point = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
         if choice.kind != "bitplane":
             source, dtype = self._value(value), "uint8"
@@ -384,19 +380,11 @@ def _record(node: Node, choice: Choice, weight: Array) -> LayerRecord:
     )  # fmt: skip
 
 
-def _as_conv_weight(node: Node, weight: Array) -> Array:
+def _as_conv_weight(node: Node, weight: Array, layer: Layer) -> Array:
     """[O, I/G, KH, KW]: matrices [K, N] and 1-D kernels as 2-D convolutions."""
     if node.op == "IntMatMul":
         return weight.T[:, :, None, None]
-    return weight[:, :, None, :] if weight.ndim == 3 else weight
-
-
-def _nhwc(shape: tuple[int, ...]) -> Shape:
-    """[N, L, C] as an image of one row."""
-    if len(shape) == 3:
-        return (shape[0], 1, shape[1], shape[2])
-    n, h, w, c = shape
-    return (n, h, w, c)
+    return weight.reshape(*weight.shape[:2], layer.window.kh, layer.window.kw)
 
 
 def _image_shape(shape: tuple[int, ...]) -> Shape:

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,32 @@ class _Tensor(ctypes.Structure):
     )
 
 
+def _check_whole(path: Path) -> None:
+    """Refuse a truncated library: the loader would map what is missing and crash.
+
+    Raises:
+        ArtifactError: not an ELF file, or shorter than its section table says.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+        size = path.stat().st_size
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    if len(header) < 52 or header[:4] != b"\x7fELF":
+        raise ArtifactError(f"{path} is no compiled model: no shared library at all")
+    if header[5] != 1:
+        return  # big-endian: the loader says that it is of another machine
+    # the table of sections is the last thing in a library: where it starts, entry size, entries
+    wide = header[4] == 2 and len(header) == 64
+    start = struct.unpack_from("<Q" if wide else "<I", header, 40 if wide else 32)[0]
+    entry, entries = struct.unpack_from("<HH", header, 58 if wide else 46)
+    if start + entry * entries > size:
+        raise ArtifactError(f"{path} is truncated at {size} bytes: copy or compile it again")
+
+
 def _open(path: Path) -> Any:
+    _check_whole(path)
     try:
         library = ctypes.CDLL(str(path))
         version = library.mpqc_abi_version()

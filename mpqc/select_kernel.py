@@ -8,9 +8,10 @@ import numpy as np
 
 from mpqc.compute import Window
 from mpqc.errors import UsageError
-from mpqc.graph import Graph, Node
+from mpqc.graph import Array, Graph, Node
 from mpqc.kernels import (
     Layer,
+    Shape,
     bitplane_tile,
     dot_tile,
     flatten_pixels,
@@ -23,6 +24,7 @@ from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.target import Target
 
+Pads = tuple[int, int, int, int]
 KERNELS = ("auto", "bitplane", "bitplane-lut", "int8")
 
 
@@ -36,6 +38,7 @@ class Choice:
         layer: geometry as the kernel sees it.
         tile: register tile.
         pads: top, left, bottom, right.
+        source: (n, h, w, c) of the image before padding.
         rates: multiply-accumulates a cycle that the model expects of each kernel.
         reason: why not the kernel that was asked for; empty when it is.
     """
@@ -44,7 +47,8 @@ class Choice:
     variant: str
     layer: Layer
     tile: Tile
-    pads: tuple[int, int, int, int]
+    pads: Pads
+    source: Shape
     rates: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
 
@@ -70,12 +74,11 @@ class Selector:
 
     def choose(self, graph: Graph, node: Node) -> Choice:
         """Decide for an IntConv or IntMatMul node of a channels-last graph."""
-        layer, pads = geometry(graph, node)
+        layer, pads, source = geometry(graph, node)
         weight = graph.constants[node.inputs[1]]
         asked = self.by_layer.get(node.name, "auto")
         asked = self.kernel if asked == "auto" else asked
-        largest = int(np.abs(weight.astype(np.int64)).max(initial=0))
-        variant = _int8_variant(layer, largest, self.target)
+        variant = _int8_variant(layer, weight, self.target)
         rates = expected_rates(layer, variant, self.target)
         kind, reason = asked, ""
         if asked == "auto":
@@ -83,30 +86,34 @@ class Selector:
         elif asked not in rates:
             kind, reason = "bitplane", f"no {asked} kernel: {_no_lut(layer, self.target)}"
         if kind == "bitplane":
-            shaped = flatten_pixels(layer, 8)
+            shaped = flatten_pixels(layer, 14)
             tile = bitplane_tile(shaped, self.target)
-            return Choice(kind, "and-popcount", shaped, tile, pads, rates, reason)
+            return Choice(kind, "and-popcount", shaped, tile, pads, source, rates, reason)
         if kind == "bitplane-lut":
-            shaped = flatten_pixels(layer, 8)
+            shaped = flatten_pixels(layer, 14)
             tile = lut_tile(shaped, self.target)
-            return Choice(kind, f"vpshufb{tile.lanes * 8}", shaped, tile, pads, rates)
+            return Choice(kind, f"vpshufb{tile.lanes * 8}", shaped, tile, pads, source, rates)
         if variant == "multiply-add":
-            return Choice("int8", variant, layer, grouped_tile(layer, self.target), pads, rates)
-        shaped = flatten_pixels(layer, 7)
+            return Choice(
+                "int8", variant, layer, grouped_tile(layer, self.target), pads, source, rates
+            )
+        shaped = flatten_pixels(layer, 14)
         tile = dot_tile(shaped, self.target, DOTS[variant].lanes)
-        return Choice("int8", variant, shaped, tile, pads, rates)
+        return Choice("int8", variant, shaped, tile, pads, source, rates)
 
 
-def _int8_variant(layer: Layer, largest_weight: int, target: Target) -> str:
+def _int8_variant(layer: Layer, weight: Array, target: Target) -> str:
+    fits = weight.min(initial=0) >= -128 and weight.max(initial=0) <= 127
+    largest = int(np.abs(weight.astype(np.int64)).max(initial=0))
     if layer.groups > 1:
         return "multiply-add"
-    if target.has("vnni") and largest_weight <= 127:
+    if target.has("vnni") and fits:
         return "vpdpbusd512"
     if target.arch != "x86_64":
         return "multiply-add"
-    steps = half_steps(largest_weight * (2**layer.activation_bits - 1))
+    steps = half_steps(largest * (2**layer.activation_bits - 1))
     run = -(-layer.run_pixels * layer.image[3] // 4)
-    if largest_weight <= 127 and largest_divisor(run, steps) >= min(run, WORTH_HALVES) and steps:
+    if fits and steps and largest_divisor(run, steps) >= min(run, WORTH_HALVES):
         return f"vpmaddubsw{target.vector_bits}"
     return f"vpmaddwd{target.vector_bits}"
 
@@ -166,8 +173,11 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     return 1 / (1 / rate + table)
 
 
-def geometry(graph: Graph, node: Node) -> tuple[Layer, tuple[int, int, int, int]]:
-    """The layer over its padded image, and the padding (top, left, bottom, right)."""
+def geometry(graph: Graph, node: Node) -> tuple[Layer, Pads, Shape]:
+    """The layer over its padded image, the padding, and the image before it.
+
+    A column of pixels (width 1) is taken as a row: the bytes are the same, and kernels tile rows.
+    """
     weight = graph.constants[node.inputs[1]]
     shape, out = graph.shape(node.inputs[0]), graph.shape(node.output)
     bits = node.int_attr("weight_bits"), node.int_attr("activation_bits")
@@ -177,24 +187,30 @@ def geometry(graph: Graph, node: Node) -> tuple[Layer, tuple[int, int, int, int]
         rows = prod(shape[:-1])
         window = Window(1, 1, rows, 1, 1, 1, 1, 1, 1)
         image = (1, 1, rows, shape[-1])
-        return Layer(window, image, weight.shape[1], 1, *bits, odd, zero), (0, 0, 0, 0)
+        return Layer(window, image, weight.shape[1], 1, *bits, odd, zero), (0, 0, 0, 0), image
     rank = len(shape) - 2
     kernel = weight.shape[2:]
     ones = (1,) * rank
     strides, dilations = node.ints_attr("strides", ones), node.ints_attr("dilations", ones)
     before, after = _pads(node, shape[1:-1], out[1:-1], kernel, strides, dilations)
-    (kh, kw), (sy, sx), (dy, dx) = _plane(kernel), _plane(strides), _plane(dilations)
-    (oh, ow), (h, w) = _plane(out[1:-1]), _plane(shape[1:-1])
-    (top, left), (bottom, right) = _plane(before, 0), _plane(after, 0)
-    window = Window(shape[0], oh, ow, kh, kw, sy, sx, dy, dx)
-    image = (shape[0], h + top + bottom, w + left + right, shape[-1])
+    turn = rank == 2 and shape[2] + before[1] + after[1] == 1
+    k, s, d = (_plane(values, turn) for values in (kernel, strides, dilations))
+    o, i = _plane(out[1:-1], turn), _plane(shape[1:-1], turn)
+    top_left, bottom_right = _plane(before, turn, 0), _plane(after, turn, 0)
+    window = Window(shape[0], *o, *k, *s, *d)
+    height, width = (
+        size + first + last for size, first, last in zip(i, top_left, bottom_right, strict=True)
+    )
+    image = (shape[0], height, width, shape[-1])
     layer = Layer(window, image, out[-1], node.int_attr("group", 1), *bits, odd, zero)
-    return layer, (top, left, bottom, right)
+    return layer, (*top_left, *bottom_right), (shape[0], *i, shape[-1])
 
 
-def _plane(values: tuple[int, ...], missing: int = 1) -> tuple[int, int]:
-    """One or two spatial values as two: a 1-D convolution is one row."""
-    return (missing, values[0]) if len(values) == 1 else (values[0], values[1])
+def _plane(values: tuple[int, ...], turn: bool, missing: int = 1) -> tuple[int, int]:
+    """One or two spatial values as (vertical, horizontal): a 1-D convolution is one row."""
+    if len(values) == 1:
+        return missing, values[0]
+    return (values[1], values[0]) if turn else (values[0], values[1])
 
 
 def _pads(
