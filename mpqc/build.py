@@ -8,6 +8,7 @@ generated ``model.c`` lists the calls over one arena, and the C compiler links t
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -107,7 +108,7 @@ def build(
         objects = _compile_kernels(program, target, work)
         offsets, size = _write_weights(program, work / "weights.bin")
         (work / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-        (work / "exports.map").write_text("{ global: mpqc_*; local: *; };\n", "utf-8")
+        (work / "exports.map").write_text(_exports(), "utf-8")
         (work / "model.c").write_text(_model_source(program, memory, offsets, target), "utf-8")
         command = [
             *compiler, "-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden",
@@ -115,7 +116,8 @@ def build(
             "-I", str(CSRC), "-I", str(work),
             "-o", str(work / "model.so"), str(CSRC / "runtime.c"), str(work / "model.c"),
             *map(str, objects),
-            "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack", "-Wl,--gc-sections", "-lpthread", "-lm",
+            "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
+            "-Wl,--gc-sections", "-lpthread", "-lm",
         ]  # fmt: skip
         result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         if result.returncode:
@@ -199,6 +201,13 @@ def _raw(func: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------- model.c
+
+
+def _exports() -> str:
+    """Linker script: the C interface is visible, kernels and helpers are not."""
+    header = (CSRC / "mpqc.h").read_text("utf-8")
+    names = re.findall(r"^MPQC_API .*?\b(mpqc_\w+)\(", header, re.MULTILINE)
+    return f"{{ global: {'; '.join(names)}; local: *; }};\n"
 
 
 def _write_weights(program: Program, path: Path) -> tuple[dict[str, int], int]:
