@@ -9,10 +9,27 @@ import typer
 from typer.core import TyperGroup
 
 from mpqc import console, tables
+from mpqc.cli_options import (
+    VERBOSE,
+    ArtifactPath,
+    Batch,
+    DataOption,
+    Dim,
+    FloatModel,
+    Json,
+    Model,
+    Option,
+    Overwrite,
+    PreprocessOption,
+    Seed,
+    TargetOption,
+    Threads,
+    Verbose,
+    parse_dims,
+)
 from mpqc.errors import CheckFailed, MpqcError, UsageError
 
 INTERRUPTED, INTERNAL = 130, 70  # exit codes beside those of mpqc.errors
-_VERBOSE = "mpqc.verbose"
 
 
 class _Verbs(TyperGroup):
@@ -22,18 +39,13 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except MpqcError as error:
-            if ctx.meta.get(_VERBOSE):
+            if ctx.meta.get(VERBOSE):
                 traceback.print_exc()
             console.note(f"mpqc: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             console.note("mpqc: interrupted; nothing partial was left")
             raise typer.Exit(INTERRUPTED) from None
-
-
-def _remember(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[_VERBOSE] = value
-    return value
 
 
 def _print_version(value: bool) -> None:
@@ -53,53 +65,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# Options that several verbs share ------------------------------------------------------------
-
-Option, Argument = typer.Option, typer.Argument
-Json = Annotated[bool, Option("--json", help="The result as one JSON object on stdout.")]
-Verbose = Annotated[
-    bool,
-    Option("--verbose", "-v", help="Say more; errors with traceback.", callback=_remember),
-]
-Seed = Annotated[int, Option("--seed", min=0, help="Of everything random.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
-Model = Annotated[Path, Argument(metavar="MODEL", help="ONNX file.")]
-ArtifactPath = Annotated[
-    Path, Argument(metavar="ARTIFACT", help="Folder that compile left, or its model.so.")
-]
-FloatModel = Annotated[
-    Path | None,
-    Option("--model", help="The float model, where it has moved since it was compiled."),
-]
-DataOption = Annotated[
-    str | None,
-    Option("--data", metavar="D", help="FILE.npz named as the inputs, or module.py:function."),
-]
-PreprocessOption = Annotated[
-    Path | None,
-    Option("--preprocess", metavar="F", help="TOML: how uint8 pictures become numbers."),
-]
-TargetOption = Annotated[
-    str, Option("--target", help="Machine: see mpqc targets; or a TVM target dict.")
-]
-Dim = Annotated[
-    list[str] | None,
-    Option("--dim", metavar="NAME=VALUE", help="Value of a symbolic dimension; repeatable."),
-]
-Batch = Annotated[int, Option("--batch", min=1, help="Samples of one run.")]
-Threads = Annotated[int, Option("--threads", min=1, help="Of every run.")]
-
-
-def _dims(pairs: list[str] | None) -> dict[str, int]:
-    dims = {}
-    for pair in pairs or []:
-        name, _, value = pair.rpartition("=")
-        if not name or not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"--dim wants NAME=VALUE with a positive number, got {pair!r}")
-        dims[name] = int(value)
-    return dims
-
 
 # Verbs ---------------------------------------------------------------------------------------
 
@@ -180,7 +145,7 @@ def compile_(
     widths = None if bits is None else Precision.parse(bits)
     ends = None if first_last == "same" else Precision.parse(first_last)
     loaded = None if plan is None else Plan.load(plan)
-    dims = _dims(dim)
+    dims = parse_dims(dim)
     if plan is None and bits is None:
         console.note("neither --plan nor --bits: every layer stays in float")
     with console.Phases(verbose) as phases:
@@ -331,11 +296,12 @@ def inspect(
     machine = None if target is None else find_target(target)
     with console.Phases(verbose) as phases:
         phases("inspect")
-        result = inspect_model(model, machine, _dims(dim), batch)
+        result = inspect_model(model, machine, parse_dims(dim), batch)
     console.show(result.to_json(), as_json, lambda: tables.inspect_table(result))
     if not result.compiles:
-        names = ", ".join(problem.node for problem in result.problems)
-        raise CheckFailed(f"{model} cannot be compiled because of {names}")
+        names = [problem.node for problem in result.problems]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckFailed(f"{model} cannot be compiled because of {', '.join(names[:5])}{more}")
 
 
 @app.command(epilog="Example: mpqc doctor --json")

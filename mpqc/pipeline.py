@@ -21,7 +21,7 @@ from mpqc.artifact import (
 )
 from mpqc.calibration import Calibration, calibrate
 from mpqc.data import Data
-from mpqc.errors import UsageError
+from mpqc.errors import ModelError, UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.histogram import Method
 from mpqc.onnx_export import to_onnx
@@ -182,6 +182,7 @@ def compile_model(
                 plan = Plan.uniform(graph, bits, ends, model_sha256=sha256)
         plan.check(graph, sha256, force)
         _selector(plan, options)  # a kernel that does not exist is said before the work
+        _refuse_unknown(graph)
         clock("calibrate")
         opened = data(graph) if callable(data) else data
         calibration = calibrate_plan(graph, plan, opened, options, calibration_progress)
@@ -214,6 +215,17 @@ def compile_model(
             "seconds": clock.seconds,
         })  # fmt: skip
     return Artifact(Path(output))
+
+
+def _refuse_unknown(graph: Graph) -> None:
+    """Name every operator that has no kernel before the work, not the first one after it."""
+    from mpqc.onnx_to_tir import unsupported
+
+    layers = {layer.name for layer in find_layers(graph)}
+    refused = unsupported(node for node in graph if node.name not in layers)
+    if refused:
+        lines = "".join(f"\n  {node.name}: {reason}" for node, reason in refused)
+        raise ModelError(f"{len(refused)} nodes cannot be compiled:{lines}")
 
 
 def _all_layers(graph: Graph, program: Program) -> list[LayerRecord]:
