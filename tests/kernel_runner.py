@@ -40,6 +40,12 @@ class Case:
             self.levels == "odd", self.zero_point != 0,
         )  # fmt: skip
 
+    @property
+    def largest_product(self) -> int:
+        """Of any code by any weight."""
+        weight = 2**self.weight_bits - 1 if self.levels == "odd" else 2 ** (self.weight_bits - 1)
+        return int(weight * (2**self.activation_bits - 1))
+
     def codes(self) -> Array:
         """uint8 [N, H, W, C]."""
         shape, top = self.layer.image, 2**self.activation_bits
@@ -89,6 +95,7 @@ class Built:
     kernel: Kernel
     library: Any
     sums: Any  # library of the window sums that odd levels need, or None
+    tables: Any  # library that expands codes to the tables of the lookup kernel, or None
     block: int
     taps: int
 
@@ -116,24 +123,33 @@ def _build(case: Case, kind: str, target: Target) -> Built:
             "q", lambda read: compute.requantize(read("y"), 1, 0, 7), 3, keep=True, planes=packs
         )
 
-    sums = None
+    sums = tables = None
     if kind == "bitplane":
-        layer = kernels.flatten_pixels(layer, 8)
+        layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.bitplane_tile(layer, target)
         outputs.append(coded(packs and tile.block % 8 == 0))
         kernel = kernels.bitplane_kernel(layer, operands, outputs, tile)
         if layer.odd:
             sums = compiled(kernels.window_sum_kernel(layer), target)
+    elif kind == "bitplane-lut":
+        layer = kernels.flatten_pixels(layer, 14)
+        tile = kernels.lut_tile(layer, target)
+        outputs.append(coded(packs and tile.block % 8 == 0))
+        kernel = kernels.lut_kernel(layer, operands, outputs, tile, f"vpshufb{tile.lanes * 8}")
+        n, h, w, channels = layer.image
+        tables = compiled(kernels.expand_kernel(n * h * w, channels), target)
+        if layer.odd:
+            sums = compiled(kernels.row_sum_kernel(layer), target)
     elif kind == "multiply-add":
         tile = kernels.grouped_tile(layer, target)
         outputs.append(coded(False))
         kernel = kernels.grouped_kernel(layer, operands, outputs, tile)
     else:
-        layer = kernels.flatten_pixels(layer, 7)
+        layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.dot_tile(layer, target, DOTS[kind].lanes)
         outputs.append(coded(packs and tile.block % 8 == 0))
-        kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind)
-    return Built(kernel, compiled(kernel, target), sums, tile.block, layer.taps)
+        kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind, case.largest_product)
+    return Built(kernel, compiled(kernel, target), sums, tables, tile.block, layer.taps)
 
 
 def compiled(kernel: Kernel, target: Target) -> Any:
@@ -182,13 +198,19 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         packed = packing.bitplane_weights(
             stored, case.weight_bits, case.groups, built.taps, built.block
         )
+    elif kind == "bitplane-lut":
+        stored = numerics.weight_codes(weight, case.weight_bits, case.levels)
+        packed = packing.lut_weights(stored, case.weight_bits, built.taps, built.block)
+        data = np.zeros(built.kernel.inputs[0].shape, np.uint8)
     elif kind == "multiply-add":
         data, packed = codes, packing.grouped_weights(weight, built.block)
     else:
         dot = DOTS[kind]
         data = codes.astype(dot.data)
         packed = packing.dot_weights(weight, built.taps, built.block, dot.group, dot.weight)
-    arguments = [tensor(data.reshape(-1)), tensor(packed)]
+    arguments = [tensor(data.reshape(built.kernel.inputs[0].shape)), tensor(packed)]
+    if built.tables is not None:
+        built.tables["main"](tensor(codes.reshape(-1)), arguments[0])
     if case.zero_point:
         sums = weight.reshape(case.out, -1).astype(np.int64).sum(axis=1)
         arguments.append(tensor((-case.zero_point * sums).astype(np.int32)))
