@@ -208,6 +208,8 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
     ("bitplane", 256): ((7, 1), (2, 2), (4, 1)),
     ("lut", 512): ((7, 1), (4, 2), (2, 4), (2, 2), (4, 1)),
     ("lut", 256): ((7, 1), (2, 2), (4, 1)),
+    ("half", 512): ((7, 1), (4, 2), (2, 2), (4, 1)),
+    ("half", 256): ((7, 1), (2, 2), (4, 1)),
     ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4)),
     ("dot", 256): ((4, 2), (7, 1), (14, 1), (8, 1), (2, 4), (5, 2), (3, 2)),
 }
@@ -256,9 +258,10 @@ def lut_tile(layer: Layer, target: Target) -> Tile:
     return _tile("lut", layer, target, _channel_lanes(layer.out_channels, most))
 
 
-def dot_tile(layer: Layer, target: Target, lanes: int) -> Tile:
+def dot_tile(layer: Layer, target: Target, instruction: str) -> Tile:
     """Default tile of the dot kernel."""
-    return _tile("dot", layer, target, lanes)
+    dot = DOTS[instruction]
+    return _tile("half" if dot.halves else "dot", layer, target, dot.lanes)
 
 
 def grouped_tile(layer: Layer, target: Target) -> Tile:

@@ -1,14 +1,14 @@
 """Which kernel runs a layer: the fastest by a model of the target's instructions, or as asked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
 
 from mpqc.compute import Window
 from mpqc.errors import UsageError
-from mpqc.graph import Array, Graph, Node
+from mpqc.graph import Array, Graph, Node, Precision
 from mpqc.kernels import (
     Layer,
     Shape,
@@ -20,8 +20,8 @@ from mpqc.kernels import (
     largest_divisor,
     lut_tile,
 )
+from mpqc.latency import Geometry, LatencyTable
 from mpqc.schedules.conv_cpu import Tile
-from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.target import Target
 
 Pads = tuple[int, int, int, int]
@@ -41,6 +41,7 @@ class Choice:
         source: (n, h, w, c) of the image before padding.
         rates: multiply-accumulates a cycle that the model expects of each kernel.
         reason: why not the kernel that was asked for; empty when it is.
+        chosen: what the choice rests on: "asked", "measured" or "model".
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Choice:
     source: Shape
     rates: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    chosen: str = "model"
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class Selector:
     Attributes:
         target: machine.
         kernel: "auto", or the kind to force.
-        by_layer: layer name -> kind, from the plan; "auto" leaves it to the model.
+        by_layer: layer name -> kind, from the plan; "auto" leaves it to the table or the model.
+        table: latencies that were measured on the target; None: the model of its instructions.
     """
 
     target: Target
     kernel: str = "auto"
     by_layer: Mapping[str, str] = field(default_factory=dict)
+    table: LatencyTable | None = None
 
     def __post_init__(self) -> None:
         for name in (self.kernel, *self.by_layer.values()):
@@ -80,26 +84,40 @@ class Selector:
         asked = self.kernel if asked == "auto" else asked
         variant = _int8_variant(layer, weight, self.target)
         rates = expected_rates(layer, variant, self.target)
-        kind, reason = asked, ""
+        kind, reason, chosen = asked, "", "asked"
         if asked == "auto":
-            kind = max(rates, key=rates.__getitem__)
+            kind, chosen = self._fastest(table_geometry(node.op, layer, pads, source), layer, rates)
         elif asked not in rates:
             kind, reason = "bitplane", f"no {asked} kernel: {_no_lut(layer, self.target)}"
-        if kind == "bitplane":
-            shaped = flatten_pixels(layer, 14)
-            tile = bitplane_tile(shaped, self.target)
-            return Choice(kind, "and-popcount", shaped, tile, pads, source, rates, reason)
-        if kind == "bitplane-lut":
-            shaped = flatten_pixels(layer, 14)
-            tile = lut_tile(shaped, self.target)
-            return Choice(kind, f"vpshufb{tile.lanes * 8}", shaped, tile, pads, source, rates)
-        if variant == "multiply-add":
-            return Choice(
-                "int8", variant, layer, grouped_tile(layer, self.target), pads, source, rates
-            )
+        made = self._shaped(kind, layer, variant, pads, source)
+        return replace(made, rates=rates, reason=reason, chosen=chosen)
+
+    def _fastest(
+        self, shape: Geometry, layer: Layer, rates: Mapping[str, float]
+    ) -> tuple[str, str]:
+        """Kind, and what says so: a table that knows the layer's shape, else the model."""
+        if self.table is not None and self.table.knows(shape):
+            precision = Precision(layer.weight_bits, layer.activation_bits)
+            kind, measured = self.table.best_kernel(shape, precision)
+            if kind in rates:
+                return kind, "measured" if measured else "model"
+        return max(rates, key=rates.__getitem__), "model"
+
+    def _shaped(
+        self, kind: str, layer: Layer, variant: str, pads: Pads, source: Shape
+    ) -> Choice:
+        """The kernel's variant and tile."""
+        if kind == "int8" and variant == "multiply-add":
+            return Choice(kind, variant, layer, grouped_tile(layer, self.target), pads, source)
         shaped = flatten_pixels(layer, 14)
-        tile = dot_tile(shaped, self.target, DOTS[variant].lanes)
-        return Choice("int8", variant, shaped, tile, pads, source, rates)
+        if kind == "bitplane":
+            tile = bitplane_tile(shaped, self.target)
+            return Choice(kind, "and-popcount", shaped, tile, pads, source)
+        if kind == "bitplane-lut":
+            tile = lut_tile(shaped, self.target)
+            return Choice(kind, f"vpshufb{tile.lanes * 8}", shaped, tile, pads, source)
+        tile = dot_tile(shaped, self.target, variant)
+        return Choice(kind, variant, shaped, tile, pads, source)
 
 
 def _int8_variant(layer: Layer, weight: Array, target: Target) -> str:
@@ -169,7 +187,7 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     filled = layer.out_channels / (-(-layer.out_channels // lanes) * lanes)
     rate *= used * max(filled, 1 / lanes)
     taps = layer.window.kh * layer.window.kw / (layer.window.sy * layer.window.sx)
-    table = 2.5 / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
+    table = 8 / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
     return 1 / (1 / rate + table)
 
 
@@ -204,6 +222,15 @@ def geometry(graph: Graph, node: Node) -> tuple[Layer, Pads, Shape]:
     image = (shape[0], height, width, shape[-1])
     layer = Layer(window, image, out[-1], node.int_attr("group", 1), *bits, odd, zero)
     return layer, (*top_left, *bottom_right), (shape[0], *i, shape[-1])
+
+
+def table_geometry(op: str, layer: Layer, pads: Pads, source: Shape) -> Geometry:
+    """The same as latency tables write it."""
+    w = layer.window
+    return Geometry(
+        "matmul" if op == "IntMatMul" else "conv", *source, layer.out_channels,
+        w.kh, w.kw, w.sy, w.sx, w.dy, w.dx, layer.groups, *pads,
+    )  # fmt: skip
 
 
 def _plane(values: tuple[int, ...], turn: bool, missing: int = 1) -> tuple[int, int]:

@@ -146,7 +146,7 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         kernel = kernels.grouped_kernel(layer, operands, outputs, tile)
     else:
         layer = kernels.flatten_pixels(layer, 14)
-        tile = kernels.dot_tile(layer, target, DOTS[kind].lanes)
+        tile = kernels.dot_tile(layer, target, kind)
         outputs.append(coded(packs and tile.block % 8 == 0))
         kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind, case.largest_product)
     return Built(kernel, compiled(kernel, target), sums, tables, tile.block, layer.taps)
