@@ -1,0 +1,135 @@
+"""Which kernel runs a layer, and how its geometry is read from the graph."""
+
+import pytest
+
+from mpqc.errors import UsageError
+from mpqc.graph import Graph
+from mpqc.passes.channels_last import ChannelsLast
+from mpqc.select_kernel import Choice, Selector, geometry
+from mpqc.target import TARGETS, Target
+from tests.graph_runner import parse
+
+V3, VNNI, V2 = (TARGETS[name] for name in ("x86-64-v3", "x86-64-v4-vnni", "x86-64-v2"))
+
+
+def layer(
+    channels: int = 64, out: int = 64, size: int = 14, weight: int = 2, activation: int = 2,
+    attrs: str = "pads=[1, 1, 1, 1]", group: int = 1, levels: str = "signed",
+) -> Graph:  # fmt: skip
+    text = f"""
+    %x = Input() : u8[1,{channels},{size},{size}]
+    %w = Constant() : i16[{out},{channels // group},3,3]
+    %y = IntConv(%x, %w) {{activation_bits={activation}, group={group}, {attrs}, weight_bits={weight}, weight_levels="{levels}", zero_point=0}} : i32[1,{out},{size},{size}] @conv
+    return %y
+    """  # noqa: E501
+    return ChannelsLast()(parse(text))
+
+
+def choose(graph: Graph, target: Target, kernel: str = "auto", **by_layer: str) -> Choice:
+    return Selector(target, kernel, by_layer).choose(graph, graph["conv"])
+
+
+@pytest.mark.parametrize("kernel", ["bitplane", "bitplane-lut", "int8"])
+def test_a_kernel_that_is_asked_for_runs(kernel: str) -> None:
+    choice = choose(layer(), V3, kernel)
+    assert (choice.kind, choice.reason) == (kernel, "")
+    assert choose(layer(), V3, "bitplane", conv=kernel).kind == kernel  # the plan knows better
+    assert choose(layer(), V3, kernel, conv="auto").kind == kernel
+    assert choose(layer(), V3, kernel, other="int8").kind == kernel
+
+
+def test_the_choice_is_the_highest_rate() -> None:
+    for target in (V2, V3, VNNI, TARGETS["rpi4"]):
+        for weight, activation in ((1, 1), (2, 2), (4, 4), (8, 8)):
+            choice = choose(layer(weight=weight, activation=activation), target)
+            assert choice.kind == max(choice.rates, key=choice.rates.__getitem__)
+            assert choice.reason == ""
+
+
+@pytest.mark.parametrize("target", [V2, V3, VNNI, TARGETS["rpi4"]], ids=lambda t: t.name)
+def test_single_bits_run_as_bitplanes_and_bytes_as_bytes(target: Target) -> None:
+    wide = layer(channels=256, out=256, weight=1, activation=1)
+    assert choose(wide, target).kind.startswith("bitplane")
+    assert choose(layer(channels=256, out=256, weight=8, activation=8), target).kind == "int8"
+
+
+def test_a_fallback_says_why() -> None:
+    for graph, target, why in (
+        (layer(activation=8), V3, "8-bit codes overflow a byte"),
+        (layer(group=8), V3, "grouped"),
+        (layer(), TARGETS["rpi4"], "aarch64 has no lookup kernel"),
+    ):
+        choice = choose(graph, target, "bitplane-lut")
+        assert choice.kind == "bitplane"
+        assert why in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("graph", "target", "variant"),
+    [
+        (layer(), VNNI, "vpdpbusd512"),
+        (layer(), V3, "vpmaddubsw256"),
+        (layer(weight=8, activation=8), V2, "vpmaddubsw128"),  # its weights are small enough
+        (layer(group=8), VNNI, "multiply-add"),
+        (layer(), TARGETS["rpi4"], "multiply-add"),
+    ],
+)
+def test_the_instruction_of_int8_follows_the_target(
+    graph: Graph, target: Target, variant: str
+) -> None:
+    assert choose(graph, target, "int8").variant == variant
+
+
+@pytest.mark.parametrize("value", [128, 255, -255])
+def test_weights_beyond_a_byte_need_words(value: int) -> None:
+    graph = layer(weight=8, activation=8, levels="odd")
+    weight = graph.constants["w"].copy()
+    weight[0, 0, 0, 0] = value
+    graph = graph.with_(constants={"w": weight})
+    assert choose(graph, VNNI, "int8").variant == "vpmaddwd512"
+    assert choose(graph, V3, "int8").variant == "vpmaddwd256"
+
+
+def test_large_products_keep_out_of_int16_sums() -> None:
+    graph = layer(weight=8, activation=8)
+    weight = graph.constants["w"].copy()
+    weight[0, 0, 0, 0] = -128
+    assert choose(graph.with_(constants={"w": weight}), V3, "int8").variant == "vpmaddwd256"
+    assert choose(graph.with_(constants={"w": weight}), VNNI, "int8").variant == "vpdpbusd512"
+
+
+def test_unknown_kernels_are_named() -> None:
+    with pytest.raises(UsageError, match="unknown kernel 'fast'; choose one of auto, bitplane"):
+        Selector(V3, "fast")
+    with pytest.raises(UsageError, match="unknown kernel 'fast'"):
+        Selector(V3, by_layer={"conv": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("attrs", "pads"),
+    [
+        ("pads=[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ('auto_pad="VALID"', (0, 0, 0, 0)),
+        ('auto_pad="SAME_UPPER"', (1, 1, 1, 1)),
+        ('auto_pad="SAME_UPPER", dilations=[2, 1]', (2, 1, 2, 1)),
+        ('auto_pad="SAME_LOWER"', (1, 1, 1, 1)),
+    ],
+)
+def test_padding_is_read_as_onnx_writes_it(attrs: str, pads: tuple[int, ...]) -> None:
+    graph = layer(attrs=attrs)
+    assert geometry(graph, graph["conv"])[1] == pads
+
+
+@pytest.mark.parametrize(("auto", "pads"), [("SAME_UPPER", (0, 0, 1, 1)),
+                                            ("SAME_LOWER", (1, 1, 0, 0))])  # fmt: skip
+def test_an_odd_padding_goes_to_the_named_side(auto: str, pads: tuple[int, ...]) -> None:
+    text = f"""
+    %x = Input() : u8[1,4,8,8]
+    %w = Constant() : i16[4,4,3,3]
+    %y = IntConv(%x, %w) {{activation_bits=2, auto_pad="{auto}", strides=[2, 2], weight_bits=2, weight_levels="signed", zero_point=0}} : i32[1,4,4,4] @conv
+    return %y
+    """  # noqa: E501
+    graph = ChannelsLast()(parse(text))
+    found, found_pads, _ = geometry(graph, graph["conv"])
+    assert found_pads == pads
+    assert found.image == (1, 9, 9, 4)
