@@ -412,6 +412,39 @@ def one_hot(data: Any, axis: int, depth: int, off: Any, on: Any, dtype: str) -> 
     return te.compute(tuple(shape), at, name="one_hot")
 
 
+def rank(data: Any, axis: int, largest: bool) -> Any:
+    """Place of each element along the axis in sorted order, equal ones by their index: int32.
+
+    Counts who comes before: quadratic in the extent, but static, parallel and free of branches.
+    """
+    shape = [int(d) for d in data.shape]
+    other = te.reduce_axis((0, shape[axis]), "other")
+
+    def at(*index: Any) -> Any:
+        mine = data(*index)
+        theirs = data(*index[:axis], other, *index[axis + 1 :])
+        ahead = theirs > mine if largest else theirs < mine
+        tied = tirx.all(tirx.EQ(theirs, mine), other < index[axis])
+        return te.sum(tirx.any(ahead, tied).astype("int32"), axis=[other])
+
+    return te.compute(tuple(shape), at, name="rank")
+
+
+def take_ranks(data: Any | None, ranks: Any, axis: int, count: int, dtype: str) -> Any:
+    """Elements (or, without data, indices) whose rank is 0 .. count - 1, in that order."""
+    shape = [int(d) for d in ranks.shape]
+    source = te.reduce_axis((0, shape[axis]), "source")
+    shape[axis] = count
+
+    def at(*index: Any) -> Any:
+        where = (*index[:axis], source, *index[axis + 1 :])
+        value = source.astype(dtype) if data is None else data(*where)
+        hit = tirx.EQ(ranks(*where), index[axis].astype("int32"))
+        return te.sum(tirx.Select(hit, value, tirx.const(0, dtype)), axis=[source])
+
+    return te.compute(tuple(shape), at, name="take_ranks")
+
+
 def matmul(data: Any, weight: Any, bias: Any | None, outs: int, height: int, rows: int) -> Any:
     """Product of data [..., M', K] and packed weight [N/b, K, b], + bias [N]: [..., M, N].
 

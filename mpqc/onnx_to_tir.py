@@ -31,7 +31,7 @@ SHORT_ROW = 240  # floats: TVM puts buffers from 1 KiB on the heap
 ALIAS_OPS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
 # Converted by the frontend into calls of a runtime library, or into shapes known at run time.
 PACKED_OPS = frozenset({
-    "TopK", "NonZero", "Unique", "Compress", "NonMaxSuppression", "AllClassNMS", "MaxUnpool",
+    "NonZero", "Unique", "Compress", "NonMaxSuppression", "AllClassNMS", "MaxUnpool",
     "Optional", "OptionalGetElement", "OptionalHasElement", "SequenceAt", "SequenceConstruct",
     "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SplitToSequence",
     "ConcatFromSequence", "DynamicQuantizeLinear", "Range",
@@ -402,6 +402,29 @@ def _one_hot(b: _Builder, node: Node) -> list[Any] | None:
     )]  # fmt: skip
 
 
+def _top_k(b: _Builder, node: Node) -> list[Any] | None:
+    count = b.array(node.inputs[1]) if len(node.inputs) > 1 else None
+    if count is None:
+        return None
+    shape, kind = b.graph.shape(node.inputs[0]), b.graph.type(node.inputs[0])
+    axis = node.int_attr("axis", -1) % len(shape)
+    data = b.value(node.inputs[0])
+    rank = b.te(
+        lambda d: compute.rank(d, axis, bool(node.int_attr("largest", 1))),
+        data, pattern=OPAQUE, primfunc_name_hint="rank",
+    )  # fmt: skip
+    k = int(count.reshape(()))
+    values = b.te(
+        lambda d, r: compute.take_ranks(d, r, axis, k, kind.dtype),
+        data, rank, pattern=OPAQUE, primfunc_name_hint="top_values",
+    )  # fmt: skip
+    indices = b.te(
+        lambda r: compute.take_ranks(None, r, axis, k, "int64"),
+        rank, pattern=OPAQUE, primfunc_name_hint="top_indices",
+    )  # fmt: skip
+    return [values, indices]
+
+
 def _layout(node: Node) -> str:
     return node.str_attr("layout") or "NC"
 
@@ -671,6 +694,7 @@ OWN: Mapping[str, Callable[[_Builder, Node], list[Any] | None]] = {
     "Slice": _slice,
     "CumSum": _cum_sum,
     "OneHot": _one_hot,
+    "TopK": _top_k,
     "Conv": _conv,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import mpqc.demo
@@ -55,17 +54,15 @@ def test_layers_and_costs_of_the_demo_model() -> None:
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    k = numpy_helper.from_array(np.array([2], np.int64), "k")
     path = save(
         tmp_path / "m.onnx",
         [
-            helper.make_node("TopK", ["x", "k"], ["best", "at"], name="top"),
-            helper.make_node("TopK", ["best", "k"], ["again", "there"], name="again"),
-            helper.make_node("Cast", ["at"], ["y"], name="fine", to=TensorProto.FLOAT),
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "s", "z"], name="top"),
+            helper.make_node("DynamicQuantizeLinear", ["y"], ["more", "t", "u"], name="again"),
+            helper.make_node("Cast", ["codes"], ["y"], name="fine", to=TensorProto.FLOAT),
         ],
         {"x": [1, 8]},
-        ["again", "y"],
-        k,
+        ["s", "t"],
     )
     result = CliRunner().invoke(app, ["inspect", str(path), "--json"])
     assert result.exit_code == 1, result.output

@@ -130,6 +130,9 @@ CASES: dict[str, tuple[str, list[Any], dict[int, Any], dict[str, Any], int]] = {
     "expand": ("Expand", [f32(1, 6)], {1: i64(4, 6)}, {}, 1),
     "tile": ("Tile", [f32(2, 3)], {1: i64(2, 3)}, {}, 1),
     "argmax": ("ArgMax", [f32(3, 9)], {}, {"axis": 1}, 1),
+    "top_k": ("TopK", [f32(3, 40)], {1: i64(7)}, {"axis": 1}, 2),
+    "top_k_ties": ("TopK", [np.array([2, 1, 2, 3, 2, 1], np.float32)], {1: i64(5)}, {}, 2),
+    "top_k_smallest": ("TopK", [f32(9, 3)], {1: i64(4)}, {"axis": 0, "largest": 0}, 2),
     "one_hot": ("OneHot", [i64(1, 0, 3)], {1: i64(5), 2: np.array([0, 1], np.float32)}, {}, 1),
     "depth_to_space": ("DepthToSpace", [f32(1, 8, 3, 4)], {}, {"blocksize": 2, "mode": "CRD"}, 1),
     "space_to_depth": ("SpaceToDepth", [f32(1, 2, 4, 6)], {}, {"blocksize": 2}, 1),
@@ -344,18 +347,17 @@ def test_values_used_outside_the_region_are_outputs() -> None:
 def test_what_cannot_be_converted_is_listed_at_once_with_names() -> None:
     graph = Graph.parse("""
         %x = Input() : f32[4,9]
-        %k = Constant() {value=[3]} : i64[1]
-        %v, %i = TopK(%x, %k) : f32[4,3], i64[4,3] @top
-        %s = my.domain::Swish(%v) : f32[4,3] @swish
-        %a = ArgMax(%v) {axis=0, keepdims=0, select_last_index=0} : i64[3] @arg
-        return %s, %i, %a
+        %v, %i, %z = DynamicQuantizeLinear(%x) : u8[4,9], f32[], u8[] @dynamic
+        %s = my.domain::Swish(%x) : f32[4,9] @swish
+        %a = ArgMax(%x) {axis=0, keepdims=0, select_last_index=0} : i64[9] @arg
+        return %s, %v, %i, %z, %a
     """)
     refused = onnx_to_tir.unsupported(list(graph), graph)
-    assert [node.name for node, _ in refused] == ["top", "swish"]
+    assert [node.name for node, _ in refused] == ["dynamic", "swish"]
     assert "runtime" in refused[0][1]
     assert "my.domain::Swish" in refused[1][1]
-    with pytest.raises(onnx_to_tir.PackedCallNeeded, match="top"):
-        onnx_to_tir.convert_region([graph["top"]], graph, TARGET)
+    with pytest.raises(onnx_to_tir.PackedCallNeeded, match="dynamic"):
+        onnx_to_tir.convert_region([graph["dynamic"]], graph, TARGET)
     assert onnx_to_tir.supported("Conv")
     assert not onnx_to_tir.supported("Conv", "com.example")
 
