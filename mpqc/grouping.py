@@ -52,10 +52,11 @@ def form_groups(graph: Graph) -> list[Group]:
                     continue
                 if len(inside) >= MOST_FUSED or _cycles(dag, inside, node.name):
                     continue
-                owner[node.name] = owner[root.name]
-                inside.add(node.name)
-                nx.contracted_nodes(dag, root.name, node.name, self_loops=False, copy=False)
-                group.nodes.append(node)
+                for member in (node, *_own_dequantizes(graph, node, owner)):
+                    owner[member.name] = owner[root.name]
+                    inside.add(member.name)
+                    nx.contracted_nodes(dag, root.name, member.name, self_loops=False, copy=False)
+                    group.nodes.append(member)
                 frontier.append(node)
 
     order = list(graph)
@@ -71,6 +72,21 @@ def form_groups(graph: Graph) -> list[Group]:
     heads = {group.nodes[0].name: group for group in groups}
     roots = {name: groups[index] for name, index in owner.items()}
     return _sequence(graph, dag, roots, heads, rank)
+
+
+def _own_dequantizes(graph: Graph, node: Node, owner: dict[str, int]) -> list[Node]:
+    """Dequantize nodes that only this node reads: it loads the codes itself."""
+    producers = {value: graph.producer(value) for value in node.inputs if value}
+    return [
+        producer
+        for value, producer in producers.items()
+        if producer is not None
+        and producer.op == "Dequantize"
+        and producer.name not in owner
+        and value not in graph.outputs
+        and len(graph.consumers(value)) == 1
+        and graph.shape(value) == graph.shape(node.output)
+    ]
 
 
 def _cycles(dag: Any, inside: set[str], node: str) -> bool:

@@ -1,6 +1,7 @@
 """plan.json: the width of every quantized layer, bound to one model by its hash."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -180,6 +181,11 @@ class Plan(_Section):
             layer.name: layers[layer.name] for layer in find_layers(graph) if layer.name in layers
         }
         return cls(model_sha256=model_sha256, layers=ordered, search=search)
+
+    def with_tensors(self, values: Iterable[str], bits: int) -> "Plan":
+        """This plan with those values narrowed too; what it narrows already stays."""
+        added = {value: TensorPlan(bits=bits) for value in values}
+        return self.model_copy(update={"tensors": {**added, **self.tensors}})
 
     def check(self, graph: Graph, sha256: str | None, force: bool = False) -> None:
         """Refuse a plan of another model.

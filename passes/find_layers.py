@@ -1,6 +1,6 @@
 """find-layers: which nodes can compute on integer codes, and why the others cannot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -88,6 +88,18 @@ def tied_groups(layers: tuple[Layer, ...]) -> tuple[tuple[str, ...], ...]:
     for layer in layers:
         groups.setdefault(layer.input, []).append(layer.name)
     return tuple(map(tuple, groups.values()))
+
+
+def shared_tensors(graph: Graph, planned: Collection[str]) -> tuple[str, ...]:
+    """Float values that a planned layer reads, and something else too: residual streams."""
+    found = []
+    for node in graph:
+        for value in filter(None, node.outputs):
+            readers = graph.consumers(value)
+            layers = [reader for reader in readers if reader.name in planned]
+            if layers and len(layers) < len(readers) and graph.type(value).dtype == "float32":
+                found.append(value)
+    return tuple(found)
 
 
 def first_layers(graph: Graph) -> tuple[str, ...]:
