@@ -146,7 +146,7 @@ def test_real_models_are_exact(name: str, shared_models: Path, tmp_path: Path) -
     "name",
     [
         "cifar10_resnet8", "cifar10_resnet20", "mobilenet_v1_0.25_224", "mobilenet_v2_1.0_224",
-        "squeezenet1.0_sparse", "ultraface_rfb320", "espcn_x2_float", "TFC_1W1A",
+        "squeezenet1.0_sparse", "ultraface_rfb320", "espcn_x2_float", "magika_standard_v3_3",
     ],
 )  # fmt: skip
 def test_larger_models_pass(

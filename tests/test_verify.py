@@ -137,6 +137,15 @@ def result_of(*rows: Row, passed: bool = True) -> Verification:
     return Verification(passed, rows, (), 1, "the data")
 
 
+def test_a_difference_that_no_step_made_is_told_apart() -> None:
+    step = Row("q", "quantize", "elementwise", "exact on own inputs", 0.0, 3.0)
+    output = Row("y", "output", "", "wrong", 0.5, 1.0)
+    apart = Verification(False, (output,), (step,), 2, "the data")
+    assert "every step alone is right on its own inputs" in apart.message
+    made = Verification(False, (output,), (Row("q", "conv", "int8", "wrong", 1.0, 3.0),), 2, "x")
+    assert "first: q (conv): WRONG, max diff 1 of 3" in made.message
+
+
 def test_rows_merge_to_the_worst_sample() -> None:
     exact = Row("y", "output", "", "exact", 0.0, 5.0)
     near = Row("y", "output", "", "float", 0.001, 5.0)
