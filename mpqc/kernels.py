@@ -279,6 +279,16 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
+# Multiply-accumulates below which waking other threads costs more than it saves: a few
+# microseconds of work.
+WORTH_THREADS = 1 << 20
+
+
+def _threads(layer: Layer, pairs: bool = False) -> bool:
+    work = prod(layer.out_shape) * layer.reduction
+    return work * (layer.weight_bits * layer.activation_bits if pairs else 1) >= WORTH_THREADS
+
+
 def _exact(
     layer: Layer, acc: Any, block: int, correction: Any = None, sums: Any = None
 ) -> Callable[..., Expr]:
@@ -332,7 +342,9 @@ def bitplane_kernel(
     return _kernel(
         [planes, weight, *correction, *sums, *holders],
         results,
-        lambda sch: conv_cpu.bitplane_conv(sch, tile, layer.out_channels, names),
+        lambda sch: conv_cpu.bitplane_conv(
+            sch, tile, layer.out_channels, names, threads=_threads(layer, pairs=True)
+        ),
         "and-popcount",
     )
 
@@ -379,7 +391,7 @@ def lut_kernel(
         [rows, weight, *correction, *sums, *holders],
         results,
         lambda sch: conv_cpu.lut_conv(
-            sch, tile, layer.out_channels, names, instruction=instruction
+            sch, tile, layer.out_channels, names, instruction=instruction, threads=_threads(layer)
         ),
         instruction,
     )
@@ -458,7 +470,7 @@ def dot_kernel(
         [codes, weight, *correction, *holders],
         results,
         lambda sch: (conv_cpu.half_conv if dot.halves else conv_cpu.dot_conv)(
-            sch, tile, layer.out_channels, names, instruction=instruction
+            sch, tile, layer.out_channels, names, instruction=instruction, threads=_threads(layer)
         ),
         instruction,
     )
@@ -479,7 +491,9 @@ def grouped_kernel(
     return _kernel(
         [codes, weight, *correction, *holders],
         results,
-        lambda sch: conv_cpu.grouped_conv(sch, tile, layer.out_channels, names),
+        lambda sch: conv_cpu.grouped_conv(
+            sch, tile, layer.out_channels, names, threads=_threads(layer)
+        ),
         "multiply-add",
     )
 

@@ -39,13 +39,15 @@ class Tile:
         return self.vectors * self.lanes
 
 
-def _outer(sch: Schedule, acc: Any, tile: Tile) -> tuple[Any, list[Any]]:
+def _outer(sch: Schedule, acc: Any, tile: Tile, threads: bool) -> tuple[Any, list[Any]]:
     """Tile the accumulator block; return the tile loop and [pixel, vector, lane, *reduction]."""
     n, y, x, o, lane, *reduction = sch.get_loops(acc)
     x_tile, pixel = sch.split(x, [None, tile.pixels])
     vector, lane = sch.split(lane, [tile.vectors, tile.lanes])
     sch.reorder(o, n, y, x_tile, pixel, vector, lane, *reduction)
-    sch.parallel(sch.fuse(o, n, y))
+    outer = sch.fuse(o, n, y)
+    if threads:
+        sch.parallel(outer)
     return x_tile, [pixel, vector, lane, *reduction]
 
 
@@ -64,10 +66,12 @@ def _epilogue(sch: Schedule, names: Sequence[str], at: Any, channels: int) -> No
         sch.vectorize(inner)
 
 
-def bitplane_conv(sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]) -> None:
+def bitplane_conv(
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, threads: bool = True
+) -> None:
     """AND + popcount in uint8 lanes; LLVM finds vpopcntb, vpshufb or cnt."""
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
-    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile)
+    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, threads)
     sch.reorder(j, i, pixel, vector, lane)
     _epilogue(sch, epilogue, at, channels)
 
@@ -95,11 +99,17 @@ def bitplane_conv(sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[s
 
 
 def lut_conv(
-    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, instruction: str
+    sch: Schedule,
+    tile: Tile,
+    channels: int,
+    epilogue: Sequence[str],
+    *,
+    instruction: str,
+    threads: bool = True,
 ) -> None:
     """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``."""
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
-    at, (pixel, vector, lane, j) = _outer(sch, acc, tile)
+    at, (pixel, vector, lane, j) = _outer(sch, acc, tile, threads)
     sch.reorder(j, pixel, vector, lane)
     _epilogue(sch, epilogue, at, channels)
 
@@ -139,10 +149,11 @@ def dot_conv(
     epilogue: Sequence[str],
     *,
     instruction: str,
+    threads: bool = True,
 ) -> None:
     """Dot instructions through a tensor intrinsic; see ``dot_intrinsics``."""
     acc = sch.get_sblock("acc")
-    at, (pixel, vector, lane, ky, kx, r, u) = _outer(sch, acc, tile)
+    at, (pixel, vector, lane, ky, kx, r, u) = _outer(sch, acc, tile, threads)
     sch.reorder(ky, kx, r, pixel, vector, lane, u)
     _epilogue(sch, epilogue, at, channels)
     sch.unroll(pixel)
@@ -152,12 +163,18 @@ def dot_conv(
 
 
 def half_conv(
-    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, instruction: str
+    sch: Schedule,
+    tile: Tile,
+    channels: int,
+    epilogue: Sequence[str],
+    *,
+    instruction: str,
+    threads: bool = True,
 ) -> None:
     """Products summed in int16 for as long as the bound allows, then widened."""
     step, flush = register_halves(instruction)
     acc, part = sch.get_sblock("acc"), sch.get_sblock("part")
-    at, (pixel, vector, lane, ky, kx, c, half) = _outer(sch, acc, tile)
+    at, (pixel, vector, lane, ky, kx, c, half) = _outer(sch, acc, tile, threads)
     sch.reorder(ky, kx, c, pixel, vector, lane, half)
     _epilogue(sch, epilogue, at, channels)
 
@@ -177,10 +194,12 @@ def half_conv(
     sch.tensorize(lane, flush)
 
 
-def grouped_conv(sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str]) -> None:
+def grouped_conv(
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, threads: bool = True
+) -> None:
     """Plain widening multiply-add, channels in the vector (depthwise) or broadcast."""
     acc = sch.get_sblock("acc")
-    at, (pixel, vector, lane, ky, kx, c) = _outer(sch, acc, tile)
+    at, (pixel, vector, lane, ky, kx, c) = _outer(sch, acc, tile, threads)
     sch.reorder(ky, kx, c, pixel, vector, lane)
     _epilogue(sch, epilogue, at, channels)
     sch.unroll(pixel)
