@@ -34,7 +34,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "schedules/",
     ),
     "torch": ("mpqc/train/",),
-    "matplotlib": ("mpqc/plot.py", "mpqc/report.py"),
+    "matplotlib": ("mpqc/plot.py", "mpqc/report.py", "mpqc/search/plot.py"),
 }
 # One library under several names.
 ALIASES = {"tvm_ffi": "tvm", "torchvision": "torch"}

@@ -1,0 +1,185 @@
+"""The verbs ``search`` and ``methods``; ``register`` adds them to the command line."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+import typer
+
+from mpqc import console
+from mpqc.errors import UsageError
+
+Option, Argument = typer.Option, typer.Argument
+
+
+def _remember(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta["mpqc.verbose"] = value
+    return value
+
+
+Json = Annotated[bool, Option("--json", help="The result as one JSON object on stdout.")]
+Verbose = Annotated[
+    bool, Option("--verbose", "-v", help="Say more; errors with traceback.", callback=_remember)
+]
+Seed = Annotated[int, Option("--seed", min=0, help="Of everything random.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command(
+        "search",
+        epilog="Example: mpqc search model.onnx --method sensitivity --budget bitops=w4a4 "
+        "--data calibration.npz -o plan.json",
+    )(search)
+    app.command("methods", epilog="Example: mpqc methods --json")(methods)
+
+
+def search(
+    model: Annotated[Path, Argument(metavar="MODEL", help="ONNX file.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="P", help="For plan.json.")],
+    method: Annotated[str, Option("--method", metavar="NAME", help="See mpqc methods.")],
+    budget: Annotated[
+        list[str],
+        Option(
+            "--budget",
+            metavar="B",
+            help="size=1.5MB, bitops=22.8G, latency=5ms, or relative "
+            "to a uniform build: size=w4a4, bitops=0.8*w4a4; repeatable, all hold.",
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        Option("--data", metavar="D", help="FILE.npz named as the inputs, or module.py:function."),
+    ] = None,
+    preprocess: Annotated[
+        Path | None,
+        Option("--preprocess", metavar="F", help="TOML: how uint8 pictures become numbers."),
+    ] = None,
+    widths: Annotated[
+        str | None,
+        Option(
+            "--widths",
+            metavar="2,4,8",
+            help="Candidates: widths, all pairs of which are "
+            "tried, or pairs as w2a4; by default the method's.",
+        ),
+    ] = None,
+    first_last: Annotated[
+        str,
+        Option("--first-last", metavar="search|w8a8", help="First and last layers."),
+    ] = "w8a8",
+    constraints: Annotated[
+        Path | None,
+        Option("--constraints", metavar="F", help="TOML: pin, exclude, tie, min, max by glob."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        Option("--option", metavar="NAME=VALUE", help="Of the method; repeatable."),
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        Option("--dim", metavar="NAME=VALUE", help="Value of a symbolic dimension; repeatable."),
+    ] = None,
+    cache: Annotated[
+        Path | None, Option("--cache", metavar="DIR", help="For measurements; a folder of yours.")
+    ] = None,
+    no_cache: Annotated[bool, Option("--no-cache", help="Measure anew, keep nothing.")] = False,
+    scores_csv: Annotated[
+        Path | None, Option("--scores-csv", metavar="F", help="Write the losses as a table.")
+    ] = None,
+    scores_png: Annotated[
+        Path | None, Option("--scores-png", metavar="F", help="Draw them; needs mpqc[report].")
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace existing outputs.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """Search the width of every layer under budgets; exit 4 if they cannot be met."""
+    from mpqc.artifact import check_output
+    from mpqc.graph import Precision
+    from mpqc.search import default_cache, report, search_plan
+
+    for path in filter(None, (output, scores_csv, scores_png)):
+        check_output(path, overwrite)
+    with _Bar() as bar:
+        result = search_plan(
+            model,
+            method=method,
+            budgets=budget,
+            data=data,
+            preprocess=preprocess,
+            widths=None if widths is None else widths.split(","),
+            options=pairs(option, "--option"),
+            ends=None if first_last in ("search", "same") else Precision.parse(first_last),
+            constraints=constraints,
+            dims={name: _positive(name, value) for name, value in pairs(dim, "--dim").items()},
+            seed=seed,
+            cache=None if no_cache else cache or default_cache(),
+            progress=bar,
+        )
+    if (scores_csv or scores_png) and result.scores is None:
+        raise UsageError(f"method {method!r} has no scores to write")
+    if result.scores is not None and scores_png is not None:
+        result.scores.save_png(scores_png)
+    if result.scores is not None and scores_csv is not None:
+        result.scores.save_csv(scores_csv)
+    result.plan.save(output)
+    console.show(report.to_json(result), as_json, lambda: report.table(result))
+
+
+def methods(as_json: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:
+    """Search methods that are installed, where they come from and what they need."""
+    from mpqc.search import methods as installed
+    from mpqc.search import report
+
+    found = installed()
+    console.show(report.methods_json(found), as_json, lambda: report.methods_table(found))
+
+
+def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """``["a=1"]`` -> ``{"a": "1"}``.
+
+    Raises:
+        UsageError: no equals sign, or a name that stands twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or name.strip() in found:
+            raise UsageError(f"{option} wants NAME=VALUE once for each name, got {text!r}")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def _positive(name: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise UsageError(f"--dim wants a positive number, got {name}={value}")
+    return int(value)
+
+
+class _Bar:
+    """A bar on a terminal while something is measured; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._console = console.stderr()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("search", total=None)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=label, completed=done, total=total)
