@@ -6,21 +6,19 @@ from typing import Annotated, Self
 import typer
 
 from mpqc import console
+from mpqc.cli_options import (
+    DataOption,
+    Dim,
+    Json,
+    Model,
+    Option,
+    Overwrite,
+    PreprocessOption,
+    Seed,
+    Verbose,
+    parse_dims,
+)
 from mpqc.errors import UsageError
-
-Option, Argument = typer.Option, typer.Argument
-
-
-def _remember(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta["mpqc.verbose"] = value
-    return value
-
-
-Json = Annotated[bool, Option("--json", help="The result as one JSON object on stdout.")]
-Verbose = Annotated[
-    bool, Option("--verbose", "-v", help="Say more; errors with traceback.", callback=_remember)
-]
-Seed = Annotated[int, Option("--seed", min=0, help="Of everything random.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def search(
-    model: Annotated[Path, Argument(metavar="MODEL", help="ONNX file.")],
+    model: Model,
     output: Annotated[Path, Option("--output", "-o", metavar="P", help="For plan.json.")],
     method: Annotated[str, Option("--method", metavar="NAME", help="See mpqc methods.")],
     budget: Annotated[
@@ -46,14 +44,8 @@ def search(
             "to a uniform build: size=w4a4, bitops=0.8*w4a4; repeatable, all hold.",
         ),
     ],
-    data: Annotated[
-        str | None,
-        Option("--data", metavar="D", help="FILE.npz named as the inputs, or module.py:function."),
-    ] = None,
-    preprocess: Annotated[
-        Path | None,
-        Option("--preprocess", metavar="F", help="TOML: how uint8 pictures become numbers."),
-    ] = None,
+    data: DataOption = None,
+    preprocess: PreprocessOption = None,
     widths: Annotated[
         str | None,
         Option(
@@ -75,10 +67,7 @@ def search(
         list[str] | None,
         Option("--option", metavar="NAME=VALUE", help="Of the method; repeatable."),
     ] = None,
-    dim: Annotated[
-        list[str] | None,
-        Option("--dim", metavar="NAME=VALUE", help="Value of a symbolic dimension; repeatable."),
-    ] = None,
+    dim: Dim = None,
     cache: Annotated[
         Path | None, Option("--cache", metavar="DIR", help="For measurements; a folder of yours.")
     ] = None,
@@ -89,7 +78,7 @@ def search(
     scores_png: Annotated[
         Path | None, Option("--scores-png", metavar="F", help="Draw them; needs mpqc[report].")
     ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace existing outputs.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -112,7 +101,7 @@ def search(
             options=pairs(option, "--option"),
             ends=None if first_last in ("search", "same") else Precision.parse(first_last),
             constraints=constraints,
-            dims={name: _positive(name, value) for name, value in pairs(dim, "--dim").items()},
+            dims=parse_dims(dim),
             seed=seed,
             cache=None if no_cache else cache or default_cache(),
             progress=bar,
@@ -149,12 +138,6 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
             raise UsageError(f"{option} wants NAME=VALUE once for each name, got {text!r}")
         found[name.strip()] = value.strip()
     return found
-
-
-def _positive(name: str, value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise UsageError(f"--dim wants a positive number, got {name}={value}")
-    return int(value)
 
 
 class _Bar:

@@ -13,9 +13,10 @@ import numpy as np
 from mpqc.calibration import Calibration, calibrate
 from mpqc.data import Data
 from mpqc.errors import DataError, OutputError
-from mpqc.graph import Graph
+from mpqc.graph import Array, Graph
 from mpqc.search.problem import Problem
 
+HELD_BYTES = 256 << 20
 FORMAT = 1  # counts up when measurements change their meaning
 
 
@@ -24,6 +25,32 @@ def default_cache() -> Path:
     if chosen := os.environ.get("MPQC_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpqc"
+
+
+class _Held(Data):
+    """Feeds that are kept in memory: measurements stream them once a layer."""
+
+    def __init__(self, source: Data, feeds: list[dict[str, Array]]) -> None:
+        self._source, self._feeds = source, feeds
+        self.batch, self.labels = source.batch, source.labels
+        self.samples = source.samples
+
+    def feeds(self) -> Iterator[dict[str, Array]]:
+        return iter(self._feeds)
+
+    def sample(self, max_samples: int | None, seed: int = 0) -> Data:
+        return self._source.sample(max_samples, seed)
+
+
+def held(data: Data) -> Data:
+    """The data, in memory where they are small: decoding pictures again costs more."""
+    feeds, size = [], 0
+    for feed in data.feeds():
+        size += sum(array.nbytes for array in feed.values())
+        if size > HELD_BYTES:
+            return data
+        feeds.append(feed)
+    return _Held(data, feeds)
 
 
 class Ledger(MutableMapping[str, float]):

@@ -13,7 +13,7 @@ from mpqc.passes.measure_curvature import measure_curvature
 from mpqc.passes.measure_perturbation import Metric
 from mpqc.quantizers import quantize_weights
 from mpqc.search.base import ScoreSearch
-from mpqc.search.cache import calibrated, ledger
+from mpqc.search.cache import calibrated, held, ledger
 from mpqc.search.problem import Problem
 from mpqc.search.scores import Scores
 from mpqc.search.sensitivity import check_samples
@@ -42,7 +42,7 @@ class Hawq(ScoreSearch):
 
     def scores(self, problem: Problem) -> Scores:
         graph, data = problem.need_data("hawq")
-        data = data.sample(self.samples, problem.seed)
+        data = held(data.sample(self.samples, problem.seed))
         calibration = calibrated(problem, graph, data)
         curvature = measure_curvature(
             graph,

@@ -7,7 +7,7 @@ from mpqc.errors import UsageError
 from mpqc.passes.measure_perturbation import Metric
 from mpqc.passes.measure_sensitivity import measure_sensitivity
 from mpqc.search.base import ScoreSearch
-from mpqc.search.cache import calibrated, ledger
+from mpqc.search.cache import calibrated, held, ledger
 from mpqc.search.problem import Problem
 from mpqc.search.scores import Scores
 
@@ -31,7 +31,7 @@ class Sensitivity(ScoreSearch):
 
     def scores(self, problem: Problem) -> Scores:
         graph, data = problem.need_data("sensitivity")
-        data = data.sample(self.samples, problem.seed)
+        data = held(data.sample(self.samples, problem.seed))
         calibration = calibrated(problem, graph, data)
         table = measure_sensitivity(
             graph,

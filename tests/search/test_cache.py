@@ -7,7 +7,14 @@ from mpqc.data import open_data
 from mpqc.errors import DataError, OutputError
 from mpqc.search import testing
 from mpqc.search.base import load
-from mpqc.search.cache import Ledger, data_digest, default_cache, graph_digest, ledger
+from mpqc.search.cache import (
+    Ledger,
+    data_digest,
+    default_cache,
+    graph_digest,
+    held,
+    ledger,
+)
 from mpqc.search.testing import BATCH, toy_data, toy_graph, toy_problem
 
 
@@ -107,3 +114,14 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("MPQC_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     assert default_cache() == tmp_path / "user" / "mpqc"
+
+
+def test_small_data_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = toy_data().sample(10)
+    kept = held(data)
+    assert kept is not data
+    assert data_digest(kept) == data_digest(data)
+    assert (kept.batch, kept.samples) == (data.batch, data.samples)
+    assert kept.sample(4, seed=2).labels is not None
+    monkeypatch.setattr("mpqc.search.cache.HELD_BYTES", 1000)
+    assert held(data) is data
