@@ -18,34 +18,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import tirx
 
 from mpqc.errors import ArtifactError, EnvironmentLacks
-from mpqc.graph import TensorType
+from mpqc.model_source import (
+    CSRC,
+    DEFAULT_PREFIX,
+    Form,
+    collect_weights,
+    exports,
+    functions,
+    model_source,
+    public_header,
+    scratch_bytes,
+    sizes_header,
+)
 from mpqc.program import MemoryPlan, Program
 from mpqc.target import Target, llvm_target, native
-
-CSRC = Path(__file__).parent / "csrc"
-MOST_TENSORS = 256
 
 # GNU prefix and Debian package of the compiler that makes libraries for an architecture.
 CROSS = {
     "x86_64": ("x86_64-linux-gnu", "gcc-x86-64-linux-gnu"),
     "aarch64": ("aarch64-linux-gnu", "gcc-aarch64-linux-gnu"),
     "armv7": ("arm-linux-gnueabihf", "gcc-arm-linux-gnueabihf"),
-}
-
-# CPU features that the library asks the processor for before it runs, by mpqc's feature names.
-_CPU_CHECKS = {
-    "x86_64": {
-        "ssse3": ("ssse3", "sse4.2", "popcnt"),
-        "avx2": ("avx2", "fma"),
-        "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        "vnni": ("avx512vnni",),
-        "bitalg": ("avx512bitalg", "avx512vpopcntdq", "avx512vbmi"),
-    }
 }
 
 
@@ -55,12 +51,20 @@ class Built:
 
     Attributes:
         library: path of the shared library.
+        header: of its C interface.
+        archive: static library; None unless asked for.
         weight_bytes: constants inside.
+        shared_bytes: memory that all instances share, for weights that are stored narrower.
+        scratch_bytes: memory of an instance of one thread.
         code_bytes: size of the kernels' object.
     """
 
     library: Path
+    header: Path
+    archive: Path | None
     weight_bytes: int
+    shared_bytes: int
+    scratch_bytes: int
     code_bytes: int
 
 
@@ -87,78 +91,204 @@ def find_compiler(target: Target, host_arch: str) -> list[str]:
 
 
 def build(
-    program: Program, memory: MemoryPlan, target: Target, manifest: Mapping[str, Any], output: Path
+    program: Program,
+    memory: MemoryPlan,
+    target: Target,
+    manifest: Mapping[str, Any],
+    output: Path,
+    form: Form | None = None,
 ) -> Built:
     """Compile and link.
 
     Args:
         program: lowered and scheduled.
-        memory: where its temporaries lie.
+        memory: where its buffers lie.
         target: machine.
         manifest: embedded as JSON.
-        output: the shared library to write.
+        output: the shared library to write; its header goes beside it.
+        form: kind of library; by default shared, with threads.
 
     Raises:
         EnvironmentLacks: no C compiler.
         ArtifactError: the compiler refused; its message is included.
     """
+    form = form or Form()
     compiler = find_compiler(target, native().arch)
     with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
         work = Path(folder)
-        objects = _compile_kernels(program, target, work)
-        offsets, size = _write_weights(program, work / "weights.bin")
-        (work / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-        (work / "exports.map").write_text(_exports(), "utf-8")
-        (work / "model.c").write_text(_model_source(program, memory, offsets, target), "utf-8")
-        command = [
-            *compiler, "-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden",
-            "-Wall", "-Wextra", "-Werror=implicit-function-declaration",
-            "-I", str(CSRC), "-I", str(work),
-            "-o", str(work / "model.so"), str(CSRC / "runtime.c"), str(work / "model.c"),
-            *map(str, objects),
-            "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
-            "-Wl,--gc-sections", "-lpthread", "-lm",
-        ]  # fmt: skip
-        result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise ArtifactError(f"{compiler[0]} failed to link the model:\n{result.stderr[-2000:]}")
+        objects, workspace = _compile_kernels(program, target, work)
         code = sum(path.stat().st_size for path in objects)
+        weights = collect_weights(program, form)
+        (work / "weights.bin").write_bytes(weights.data)
+        (work / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")), "utf-8")
+        (work / "exports.map").write_text(exports(form), "utf-8")
+        (work / "model.c").write_text(
+            model_source(program, memory, weights, target, manifest), "utf-8"
+        )
+        gcc = _Compiler(compiler, target, work)
+        gcc.sizes(sizes_header(program, memory, weights, workspace, form, DEFAULT_PREFIX))
+        libraries = [] if form.bare else ["-lpthread"]
+        gcc.run(
+            "-shared", *SOURCES, *map(str, objects), "-o", "model.so", "-nostartfiles",
+            "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
+            "-Wl,--gc-sections", "-Wl,-s", *libraries, "-lm",
+        )  # fmt: skip
+        archive = None
+        if form.static:
+            gcc.sizes(sizes_header(program, memory, weights, workspace, form, form.prefix))
+            archive = _static_library(gcc, objects, form, output)
+        name = str(manifest.get("model", {}).get("file", output.name))
+
+        def header(prefix: str) -> str:
+            return public_header(program, memory, workspace, form, prefix, name)
+
+        output.with_suffix(".h").write_text(header(DEFAULT_PREFIX), "utf-8")
+        if archive is not None and form.prefix != DEFAULT_PREFIX:
+            archive.with_suffix(".h").write_text(header(form.prefix), "utf-8")
         shutil.copyfile(work / "model.so", output)
     output.chmod(0o755)
-    return Built(output, size, code)
+    return Built(
+        output,
+        output.with_suffix(".h"),
+        archive,
+        len(weights.data),
+        weights.shared,
+        scratch_bytes(program, memory, workspace, target),
+        code,
+    )
+
+
+SOURCES = (str(CSRC / "runtime.c"), "model.c")
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """The C compiler at work in a folder."""
+
+    command: list[str]
+    target: Target
+    work: Path
+
+    def sizes(self, text: str) -> None:
+        (self.work / "sizes.h").write_text(text, "utf-8")
+
+    def run(self, *arguments: str) -> None:
+        """Compile or link.
+
+        Raises:
+            ArtifactError: it refused.
+        """
+        flags = ["-mno-outline-atomics"] if self.target.arch == "aarch64" else []
+        command = [
+            *self.command, "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", *flags,
+            "-fno-stack-protector", "-Wall", "-Wextra", "-Werror=implicit-function-declaration",
+            "-I", ".", "-I", str(CSRC), *arguments,
+        ]  # fmt: skip
+        self._call(command, "link the model")
+
+    def tool(self, name: str, *arguments: str) -> None:
+        """A program of the compiler's binutils.
+
+        Raises:
+            EnvironmentLacks: there is none.
+            ArtifactError: it failed.
+        """
+        asked = subprocess.run(
+            [*self.command, f"-print-prog-name={name}"], capture_output=True, text=True, check=False
+        )
+        path = shutil.which(asked.stdout.strip() or name)
+        if path is None:
+            raise EnvironmentLacks(
+                f"a static library needs {name} of {self.command[0]}: install binutils"
+            )
+        self._call([path, *arguments], "make the static library")
+
+    def _call(self, command: list[str], what: str) -> None:
+        result = subprocess.run(command, cwd=self.work, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise ArtifactError(f"{command[0]} failed to {what}:\n{result.stderr[-2000:]}")
+
+
+def _static_library(gcc: _Compiler, objects: list[Path], form: Form, output: Path) -> Path:
+    """One object in which the interface alone is global: others may be linked beside it."""
+    parts = []
+    for source in SOURCES:
+        parts.append(f"{Path(source).stem}.o")
+        gcc.run("-c", source, "-o", parts[-1])
+    gcc.run("-r", "-nostdlib", *parts, *map(str, objects), "-o", "whole.o")
+    names = [name.replace("mpqc_", f"{form.prefix}_", 1) for name in functions(form)]
+    (gcc.work / "api.txt").write_text("\n".join(names) + "\n", "utf-8")
+    gcc.tool("objcopy", "--strip-debug", "--keep-global-symbols=api.txt", "whole.o", "model.o")
+    gcc.tool("ar", "rcsD", "model.a", "model.o")
+    name = output.stem if form.prefix == DEFAULT_PREFIX else form.prefix
+    archive = output.with_name(f"{name}.a")
+    shutil.copyfile(gcc.work / "model.a", archive)
+    return archive
 
 
 # ------------------------------------------------------------------------------------- kernels
 
 
-def _compile_kernels(program: Program, target: Target, work: Path) -> list[Path]:
+def _compile_kernels(program: Program, target: Target, work: Path) -> tuple[list[Path], int]:
+    """Objects, and the working memory that the greediest kernel wants of each thread [bytes]."""
     if not program.kernels:
-        return []
+        return [], 0
     module = tvm.IRModule(
         {
             name: func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
             for name, func in program.kernels.items()
         }
     )
-    with _raw_interface():
+    with _raw_interface() as workspaces:
         library = tvm.compile(module, target=llvm_target(target))
     archive = work / "kernels.tar"
     library.export_library(str(archive))
     folder = work / "kernels"
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
-    return sorted(folder.rglob("*.o"))
+    return sorted(folder.rglob("*.o")), max(workspaces, default=0)
 
 
 @contextlib.contextmanager
-def _raw_interface() -> Iterator[None]:
-    """Replace TVM's packed calling convention by plain C pointers while compiling."""
-    packed = tirx.transform.MakePackedAPI
+def _raw_interface() -> Iterator[list[int]]:
+    """Replace TVM's packed calling convention by plain C pointers while compiling.
+
+    Yields:
+        Working memory of each kernel [bytes]; filled by the compilation.
+    """
+    packed, lower = tirx.transform.MakePackedAPI, tirx.transform.LowerTVMBuiltin
+    workspaces: list[int] = []
+
+    def lower_and_count() -> Any:
+        lowering = lower()
+
+        def transform(module: Any, _context: Any) -> Any:
+            lowered = lowering(module)
+            workspaces.extend(_workspace(str(func)) for func in lowered.functions.values())
+            return lowered
+
+        return tvm.transform.module_pass(transform, opt_level=0, name="mpqc.LowerTVMBuiltin")
+
     tirx.transform.MakePackedAPI = _make_raw_api
+    tirx.transform.LowerTVMBuiltin = lower_and_count
     try:
-        yield
+        yield workspaces
     finally:
         tirx.transform.MakePackedAPI = packed
+        tirx.transform.LowerTVMBuiltin = lower
+
+
+def _workspace(kernel: str) -> int:
+    """Working memory that a lowered kernel may hold at once, from its text.
+
+    Raises:
+        ArtifactError: the size is not known before it runs.
+    """
+    calls = kernel.count("TVMBackendAllocWorkspace(")
+    sizes = re.findall(r"TVMBackendAllocWorkspace\([^,]+, [^,]+, T\.uint64\((\d+)\)", kernel)
+    if calls != len(sizes):
+        raise ArtifactError("a kernel wants working memory of a size that is not constant")
+    return sum(-(-int(size) // 64) * 64 for size in sizes)
 
 
 def _make_raw_api() -> Any:
@@ -198,104 +328,3 @@ def _raw(func: Any) -> Any:
     }
     whole = tirx.SeqStmt([*declarations, body]) if declarations else body
     return tirx.PrimFunc(params, whole, tvm.ir.PrimType("int32"), None).with_attr(attrs)
-
-
-# ------------------------------------------------------------------------------------- model.c
-
-
-def _exports() -> str:
-    """Linker script: the C interface is visible, kernels and helpers are not."""
-    header = (CSRC / "mpqc.h").read_text("utf-8")
-    names = re.findall(r"^MPQC_API .*?\b(mpqc_\w+)\(", header, re.MULTILINE)
-    return f"{{ global: {'; '.join(names)}; local: *; }};\n"
-
-
-def _write_weights(program: Program, path: Path) -> tuple[dict[str, int], int]:
-    """Concatenate the constants that steps read, each aligned to 64 bytes."""
-    used = {
-        program.root(name)
-        for step in program.steps
-        for name in step.inputs
-        if program.root(name) in program.constants
-    }
-    offsets: dict[str, int] = {}
-    with path.open("wb") as file:
-        for name in sorted(used):
-            offsets[name] = file.tell()
-            data = np.ascontiguousarray(program.constants[name]).tobytes()
-            file.write(data + bytes(-len(data) % 64))
-        file.write(bytes(64))
-        return offsets, file.tell()
-
-
-def _model_source(
-    program: Program, memory: MemoryPlan, weights: Mapping[str, int], target: Target
-) -> str:
-    inputs = {name: index for index, name in enumerate(program.inputs)}
-    outputs = {program.results[name]: index for index, name in enumerate(program.outputs)}
-    if max(len(inputs), len(outputs)) > MOST_TENSORS:
-        raise ArtifactError(f"more than {MOST_TENSORS} inputs or outputs")
-
-    def place(name: str) -> str:
-        root = program.root(name)
-        if root in weights:
-            return f"(void*)(mpqc_weights + {weights[root]})"
-        if root in inputs:
-            return f"b->inputs[{inputs[root]}]"
-        if root in outputs:
-            return f"b->outputs[{outputs[root]}]"
-        return f"b->arena + {memory.offsets[root]}"
-
-    arity = {step.kernel: len(step.inputs) + len(step.outputs) for step in program.steps}
-    lines = ['#include "runtime.h"', ""]
-    lines += [f"int {name}({', '.join(['void*'] * count)});" for name, count in arity.items()]
-    for index, step in enumerate(program.steps):
-        args = ", ".join(place(name) for name in (*step.inputs, *step.outputs))
-        lines.append(
-            f"static int step_{index}(struct mpqc_bindings* b) "
-            f"{{ (void)b; return {step.kernel}({args}); }}"
-        )
-    names = [f"step_{index}" for index in range(len(program.steps))]
-    lines += [
-        f"const mpqc_step_fn mpqc_steps[] = {{{', '.join(names) or '0'}}};",
-        f"const int mpqc_steps_n = {len(names)};",
-        f"const size_t mpqc_arena_bytes = {memory.size};",
-        *_tensor_table("inputs", program.inputs),
-        *_tensor_table("outputs", program.outputs),
-        _machine_check(target),
-        _embed("mpqc_weights", "weights.bin", 64),
-        _embed("mpqc_manifest_begin", "manifest.json", 1, "mpqc_manifest_end"),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _tensor_table(name: str, tensors: Mapping[str, TensorType]) -> list[str]:
-    rows, shapes = [], []
-    for index, (tensor, kind) in enumerate(tensors.items()):
-        extents = ", ".join(map(str, kind.shape)) or "0"
-        shapes.append(f"static const int64_t {name}_shape_{index}[] = {{{extents}}};")
-        rows.append(
-            f'{{{json.dumps(tensor)}, "{kind.dtype}", {len(kind.shape)}, '
-            f"{name}_shape_{index}, {kind.nbytes}}}"
-        )
-    return [
-        *shapes,
-        f"const mpqc_tensor mpqc_{name}[] = {{{', '.join(rows) or '{0}'}}};",
-        f"const int mpqc_{name}_n = {len(rows)};",
-    ]
-
-
-def _machine_check(target: Target) -> str:
-    table = _CPU_CHECKS.get(target.arch, {})
-    flags = [flag for feature in sorted(target.features) for flag in table.get(feature, ())]
-    tests = " && ".join(f'__builtin_cpu_supports("{flag}")' for flag in flags) or "1"
-    prepare = "__builtin_cpu_init(); " if flags else ""
-    return f"int mpqc_machine_fits(void) {{ {prepare}return {tests}; }}"
-
-
-def _embed(symbol: str, file: str, align: int, end: str = "") -> str:
-    tail = f'".global {end}\\n.hidden {end}\\n{end}:\\n"' if end else ""
-    return (
-        f'__asm__(".section .rodata\\n.balign {align}\\n.global {symbol}\\n.hidden {symbol}\\n'
-        f'{symbol}:\\n.incbin \\"{file}\\"\\n" {tail} ".byte 0\\n.previous\\n");'
-    )

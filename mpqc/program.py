@@ -59,6 +59,8 @@ class LayerRecord:
         accumulator: dtype.
         bound: proven bound of |accumulator|.
         reason: why not what was asked; empty when it is.
+        chosen: what the choice of the kernel rests on: "asked", "measured" or "model"; empty in
+            float.
     """
 
     name: str
@@ -70,6 +72,7 @@ class LayerRecord:
     bound: int = 0
     macs: int = 0
     reason: str = ""
+    chosen: str = ""
 
 
 @dataclass
@@ -106,17 +109,20 @@ class Program:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Offsets of the temporaries in one arena [bytes].
+    """Offsets in one arena [bytes].
 
     Attributes:
-        offsets: buffer -> offset, multiples of 64.
+        offsets: buffer -> offset of the temporaries, multiples of 64.
         size: of the arena.
         lower_bound: largest total of buffers that live at the same time.
+        ends: the same as ``offsets`` for the buffers of inputs and outputs: an input lives until
+            its last reader, an output from its writer on.
     """
 
     offsets: Mapping[str, int]
     size: int
     lower_bound: int
+    ends: Mapping[str, int] = field(default_factory=dict)
 
 
 ALIGNMENT = 64
@@ -125,20 +131,23 @@ SLACK = 64
 
 
 def plan_memory(program: Program) -> MemoryPlan:
-    """Place the temporaries: largest first, each at the lowest offset free during its life."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
+    """Place all buffers: largest first, each at the lowest offset free during its life."""
+    first: dict[str, int] = {name: -1 for name in program.inputs}
+    last: dict[str, int] = {name: -1 for name in program.inputs}
     for index, step in enumerate(program.steps):
         for name in (*step.inputs, *step.outputs):
             root = program.root(name)
             first.setdefault(root, index)
             last[root] = index
-    external = {program.root(name) for name in (*program.inputs, *program.results.values())}
-    names = [n for n in first if n not in program.constants and n not in external]
+    end = len(program.steps)
+    ends = {*program.inputs, *(program.root(name) for name in program.results.values())}
+    for name in program.results.values():
+        last[program.root(name)] = end
+        first.setdefault(program.root(name), end)
+    names = [n for n in first if n not in program.constants]
     need = {n: _round_up(program.buffers[n].nbytes) for n in names}
     live = [
-        sum(need[n] for n in names if first[n] <= step <= last[n])
-        for step in range(len(program.steps))
+        sum(need[n] for n in names if first[n] <= step <= last[n]) for step in range(-1, end + 1)
     ]
     offsets: dict[str, int] = {}
     for name in sorted(names, key=lambda n: (-need[n], first[n], n)):
@@ -148,13 +157,17 @@ def plan_memory(program: Program) -> MemoryPlan:
             if first[other] <= last[name] and first[name] <= last[other]
         )
         place = 0
-        for start, end in busy:
+        for start, stop in busy:
             if place + need[name] <= start:
                 break
-            place = max(place, end)
+            place = max(place, stop)
         offsets[name] = place
-    size = max((offsets[n] + need[n] for n in names), default=0) + SLACK
-    return MemoryPlan(offsets, size, max(live, default=0))
+    return MemoryPlan(
+        {n: place for n, place in offsets.items() if n not in ends},
+        max((offsets[n] + need[n] for n in names), default=0) + SLACK,
+        max(live, default=0),
+        {n: place for n, place in offsets.items() if n in ends},
+    )
 
 
 def _round_up(size: int) -> int:

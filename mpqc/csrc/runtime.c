@@ -1,20 +1,22 @@
 /* Runtime of a compiled model: arena, threads, and the three hooks that TVM's kernels call.
- * model.c (generated) defines the tables declared in runtime.h. */
+ * model.c and sizes.h (generated) define what runtime.h declares. */
 #define _GNU_SOURCE
 #include "runtime.h"
 
-#include <stdlib.h>
+#include <stdatomic.h>
 #include <string.h>
 
-#if MPQC_THREADS
+#ifndef MPQC_NO_HEAP
+#include <stdlib.h>
+#endif
+#ifndef MPQC_NO_THREADS
 #include <pthread.h>
-#include <stdatomic.h>
 #include <sched.h>
+#define MOST_THREADS MPQC_MOST_THREADS
+#else
+#define MOST_THREADS 1
 #endif
 
-#define ALIGNMENT ((size_t)64)
-#define STACK_BYTES ((size_t)(256 << 10)) /* workspace of one thread; larger requests use malloc */
-#define MOST_THREADS 64
 #define SPINS 4000 /* turns that a worker waits awake: about the gap between two kernels */
 
 typedef struct {
@@ -25,21 +27,24 @@ typedef int (*task_fn)(int id, group_env* env, void* data);
 
 struct worker {
   struct mpqc_model* model;
-  uint8_t* stack;
-  size_t used;
-#if MPQC_THREADS
+  uint8_t* workspace;
+  size_t used, peak;
+#ifndef MPQC_NO_THREADS
   pthread_t thread;
   int id;
 #endif
 };
 
 struct mpqc_model {
-  struct mpqc_bindings bound;
+  uint8_t* arena;
+  const void** sources; /* buffers of the caller, while `bound` */
+  void** results;
   void* owned; /* scratch that mpqc_create allocated */
-  int threads;
   struct worker* workers;
-#if MPQC_THREADS
+  int threads;
+  int bound;
   atomic_int busy;
+#ifndef MPQC_NO_THREADS
   atomic_uint round;   /* counts launches; workers run one task each when it moves */
   atomic_int left;     /* workers that have not finished this launch */
   atomic_int failed;
@@ -50,47 +55,51 @@ struct mpqc_model {
   pthread_mutex_t lock;
   pthread_cond_t wake;
   int sleeping;
-#else
-  int busy;
 #endif
 };
 
-#if MPQC_THREADS
+/* sizes.h promises these to whoever gives the memory */
+_Static_assert(sizeof(struct mpqc_model) <= MPQC_INSTANCE_BYTES, "instance");
+_Static_assert(sizeof(struct worker) <= MPQC_WORKER_BYTES, "worker");
+
+/* The worker that runs in this thread. A library without threads still has instances in several;
+ * it must not need __tls_get_addr, and nothing at all where no kernel wants working memory. */
+#ifndef MPQC_NO_THREADS
 static _Thread_local struct worker* self;
-#else
-static struct worker* self;
+#elif MPQC_WORKSPACE_BYTES
+static _Thread_local struct worker* self __attribute__((tls_model("initial-exec")));
 #endif
 
-static size_t round_up(size_t bytes) { return (bytes + ALIGNMENT - 1) & ~(ALIGNMENT - 1); }
+static size_t round_up(size_t bytes) {
+  return (bytes + MPQC_ALIGNMENT - 1) & ~((size_t)MPQC_ALIGNMENT - 1);
+}
 
 /* ---- hooks of TVM's generated code (weak pointer variables there, these definitions win) ---- */
 
 static void* alloc_workspace(int type, int device, uint64_t bytes, int code, int bits) {
-  (void)type, (void)device, (void)code, (void)bits;
-  size_t size = round_up((size_t)bytes);
+  (void)type, (void)device, (void)code, (void)bits, (void)bytes;
+#if MPQC_WORKSPACE_BYTES
   struct worker* w = self;
-  if (w != NULL && w->used + size <= STACK_BYTES) {
-    void* result = w->stack + w->used;
-    w->used += size;
-    return result;
-  }
-  void* result = NULL;
-  return posix_memalign(&result, ALIGNMENT, size ? size : ALIGNMENT) ? NULL : result;
+  size_t size = round_up((size_t)bytes);
+  if (w == NULL || size > MPQC_WORKSPACE_BYTES - w->used) return NULL;
+  void* result = w->workspace + w->used;
+  w->used += size;
+  if (w->used > w->peak) w->peak = w->used;
+  return result;
+#else
+  return NULL;
+#endif
 }
 
 static int free_workspace(int type, int device, void* pointer) {
-  (void)type, (void)device;
+  (void)type, (void)device, (void)pointer;
+#if MPQC_WORKSPACE_BYTES
   struct worker* w = self;
-  uint8_t* p = pointer;
-  if (w != NULL && p >= w->stack && p < w->stack + STACK_BYTES) {
-    w->used = (size_t)(p - w->stack); /* frees come in reverse order */
-    return 0;
-  }
-  free(pointer);
+  if (w != NULL) w->used = (size_t)((uint8_t*)pointer - w->workspace); /* in reverse order */
+#endif
   return 0;
 }
 
-#if MPQC_THREADS
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -99,6 +108,7 @@ static inline void relax(void) {
 #endif
 }
 
+#ifndef MPQC_NO_THREADS
 static void* work(void* argument) {
   struct worker* w = argument;
   struct mpqc_model* m = w->model;
@@ -135,8 +145,8 @@ static void release(struct mpqc_model* m) {
 #endif
 
 static int parallel_launch(task_fn task, void* data, int tasks) {
+#ifndef MPQC_NO_THREADS
   struct worker* w = self;
-#if MPQC_THREADS
   struct mpqc_model* m = w != NULL ? w->model : NULL;
   if (m != NULL && m->threads > 1 && w == m->workers && (tasks == 0 || tasks == m->threads)) {
     m->task = task;
@@ -154,7 +164,6 @@ static int parallel_launch(task_fn task, void* data, int tasks) {
     return status || atomic_load(&m->failed);
   }
 #endif
-  (void)w;
   group_env env = {NULL, tasks > 0 ? tasks : 1};
   int status = 0;
   for (int id = 0; id < env.num_task; id++) status |= task(id, &env, data);
@@ -203,60 +212,92 @@ int mpqc_describe_output(int index, mpqc_tensor* result) {
   return MPQC_OK;
 }
 
-static size_t staging_bytes(void) {
-  size_t total = 0;
-  for (int i = 0; i < mpqc_inputs_n; i++) total += round_up(mpqc_inputs[i].bytes + ALIGNMENT);
-  for (int i = 0; i < mpqc_outputs_n; i++) total += round_up(mpqc_outputs[i].bytes + ALIGNMENT);
-  return total;
+int mpqc_describe(mpqc_about* result) {
+  if (!result) return MPQC_INVALID_ARGUMENT;
+  *result = mpqc_identity;
+  result->most_threads = MOST_THREADS;
+  return MPQC_OK;
 }
+
+/* ---- weights ---- */
+
+/* 0: nobody has widened the weights, 1: somebody does, 2: they are there for good. */
+static atomic_int widened;
+
+static void widen(const struct mpqc_narrow* n) {
+  const uint8_t* source = mpqc_weights + n->source;
+  uint8_t* target = mpqc_shared + n->target;
+  uint32_t mask = (1u << n->bits) - 1, window = 0;
+  unsigned held = 0;
+  for (size_t i = 0; i < n->count; i++) {
+    for (; held < n->bits; held += 8) window |= (uint32_t)*source++ << held;
+    int32_t value = n->low + n->scale * (int32_t)(window & mask);
+    window >>= n->bits;
+    held -= n->bits;
+    *target++ = (uint8_t)value;
+    if (n->bytes == 2) *target++ = (uint8_t)(value >> 8);
+  }
+}
+
+static void prepare_weights(void) {
+  int untouched = 0;
+  if (atomic_compare_exchange_strong(&widened, &untouched, 1)) {
+    for (int i = 0; i < mpqc_narrows_n; i++) widen(&mpqc_narrows[i]);
+    atomic_store_explicit(&widened, 2, memory_order_release);
+  }
+  while (atomic_load_explicit(&widened, memory_order_acquire) != 2) relax();
+}
+
+/* ---- instances ---- */
 
 size_t mpqc_scratch_bytes(int threads) {
-  if (threads < 1 || threads > MOST_THREADS) return 0;
-  return round_up(sizeof(struct mpqc_model)) + round_up(sizeof(struct worker) * (size_t)threads) +
-         round_up(mpqc_arena_bytes) + staging_bytes() + STACK_BYTES * (size_t)threads;
+  return threads < 1 || threads > MOST_THREADS ? 0 : MPQC_SCRATCH_BYTES(threads);
 }
 
+#ifndef MPQC_NO_HEAP
 int mpqc_create(int threads, mpqc_model** result) {
   if (!result || !mpqc_scratch_bytes(threads)) return MPQC_INVALID_ARGUMENT;
   *result = NULL;
   size_t bytes = mpqc_scratch_bytes(threads);
   void* scratch = NULL;
-  if (posix_memalign(&scratch, ALIGNMENT, bytes)) return MPQC_OUT_OF_MEMORY;
+  if (posix_memalign(&scratch, MPQC_ALIGNMENT, bytes)) return MPQC_OUT_OF_MEMORY;
   int status = mpqc_create_in(threads, scratch, bytes, result);
   if (status) free(scratch);
   else (*result)->owned = scratch;
   return status;
 }
+#endif
 
 int mpqc_create_in(int threads, void* scratch, size_t bytes, mpqc_model** result) {
-  if (!result || !scratch || ((uintptr_t)scratch & (ALIGNMENT - 1)) ||
+  if (!result || !scratch || ((uintptr_t)scratch & (MPQC_ALIGNMENT - 1)) ||
       threads < 1 || threads > MOST_THREADS)
     return MPQC_INVALID_ARGUMENT;
   *result = NULL;
   if (bytes < mpqc_scratch_bytes(threads)) return MPQC_WRONG_SIZE;
   if (!mpqc_machine_fits()) return MPQC_WRONG_MACHINE;
-#if !MPQC_THREADS
-  if (threads > 1) return MPQC_INVALID_ARGUMENT;
-#endif
+  prepare_weights();
   uint8_t* place = scratch;
   struct mpqc_model* m = (struct mpqc_model*)place;
-  memset(m, 0, sizeof *m);
-  place += round_up(sizeof *m);
+  memset(m, 0, MPQC_INSTANCE_BYTES + MPQC_WORKER_BYTES * (size_t)threads);
+  place += MPQC_INSTANCE_BYTES;
   m->workers = (struct worker*)place;
-  memset(m->workers, 0, sizeof(struct worker) * (size_t)threads);
-  place += round_up(sizeof(struct worker) * (size_t)threads);
-  m->bound.arena = place;
-  place += round_up(mpqc_arena_bytes);
-  m->bound.staging = place;
-  place += staging_bytes();
+  place += MPQC_WORKER_BYTES * (size_t)threads;
+  m->sources = (const void**)place;
+  m->results = (void**)(m->sources + mpqc_inputs_n);
+  place += round_up(sizeof(void*) * (size_t)(mpqc_inputs_n + mpqc_outputs_n));
+  m->arena = place;
+  place += round_up(MPQC_ARENA_BYTES);
   m->threads = threads;
   for (int i = 0; i < threads; i++) {
     m->workers[i].model = m;
-    m->workers[i].stack = place + STACK_BYTES * (size_t)i;
+    m->workers[i].workspace = place + round_up(MPQC_WORKSPACE_BYTES) * (size_t)i;
   }
-#if MPQC_THREADS
-  pthread_mutex_init(&m->lock, NULL);
-  pthread_cond_init(&m->wake, NULL);
+#ifndef MPQC_NO_THREADS
+  if (pthread_mutex_init(&m->lock, NULL)) return MPQC_OUT_OF_MEMORY;
+  if (pthread_cond_init(&m->wake, NULL)) {
+    pthread_mutex_destroy(&m->lock);
+    return MPQC_OUT_OF_MEMORY;
+  }
   for (int i = 1; i < threads; i++) {
     m->workers[i].id = i;
     if (pthread_create(&m->workers[i].thread, NULL, work, &m->workers[i])) {
@@ -272,7 +313,7 @@ int mpqc_create_in(int threads, void* scratch, size_t bytes, mpqc_model** result
 
 void mpqc_destroy(mpqc_model* m) {
   if (!m) return;
-#if MPQC_THREADS
+#ifndef MPQC_NO_THREADS
   if (m->started) {
     atomic_store(&m->stop, 1);
     release(m);
@@ -281,53 +322,62 @@ void mpqc_destroy(mpqc_model* m) {
   pthread_mutex_destroy(&m->lock);
   pthread_cond_destroy(&m->wake);
 #endif
+#ifndef MPQC_NO_HEAP
   free(m->owned);
+#endif
 }
 
+int mpqc_describe_memory(const mpqc_model* m, mpqc_memory* result) {
+  if (!m || !result) return MPQC_INVALID_ARGUMENT;
+  size_t peak = 0;
+  for (int i = 0; i < m->threads; i++)
+    if (m->workers[i].peak > peak) peak = m->workers[i].peak;
+  *result = (mpqc_memory){mpqc_scratch_bytes(m->threads), MPQC_ARENA_BYTES, MPQC_ARENA_LEAST,
+                          MPQC_WORKSPACE_BYTES, peak, MPQC_WEIGHT_BYTES, MPQC_SHARED_BYTES};
+  return MPQC_OK;
+}
+
+/* ---- running ---- */
+
 static int enter(mpqc_model* m) {
-#if MPQC_THREADS
   int idle = 0;
   if (!atomic_compare_exchange_strong(&m->busy, &idle, 1)) return MPQC_BUSY;
-#else
-  if (m->busy) return MPQC_BUSY;
-  m->busy = 1;
-#endif
+#if !defined(MPQC_NO_THREADS) || MPQC_WORKSPACE_BYTES
   self = &m->workers[0];
+#endif
   return MPQC_OK;
 }
 
 static int leave(mpqc_model* m, int status) {
   m->workers[0].used = 0;
+#if !defined(MPQC_NO_THREADS) || MPQC_WORKSPACE_BYTES
   self = NULL;
-#if MPQC_THREADS
-  atomic_store(&m->busy, 0);
-#else
-  m->busy = 0;
 #endif
+  atomic_store(&m->busy, 0);
   return status;
 }
 
-/* Kernels want buffers aligned to 64 bytes, and may read a little behind an input. */
 static int bind(mpqc_model* m, const void* const* inputs, void* const* outputs) {
-  uint8_t* stage = m->bound.staging;
-  for (int i = 0; i < mpqc_inputs_n; i++) {
-    if (!inputs[i] && mpqc_inputs[i].bytes) return MPQC_INVALID_ARGUMENT;
-    memcpy(stage, inputs[i], mpqc_inputs[i].bytes);
-    m->bound.inputs[i] = stage;
-    stage += round_up(mpqc_inputs[i].bytes + ALIGNMENT);
-  }
-  for (int i = 0; i < mpqc_outputs_n; i++) {
-    if (!outputs[i] && mpqc_outputs[i].bytes) return MPQC_INVALID_ARGUMENT;
-    m->bound.results[i] = outputs[i];
-    m->bound.outputs[i] = stage;
-    stage += round_up(mpqc_outputs[i].bytes + ALIGNMENT);
-  }
+  m->bound = 0;
+  for (int i = 0; i < mpqc_inputs_n; i++)
+    if (!(m->sources[i] = inputs[i]) && mpqc_inputs[i].bytes) return MPQC_INVALID_ARGUMENT;
+  for (int i = 0; i < mpqc_outputs_n; i++)
+    if (!(m->results[i] = outputs[i]) && mpqc_outputs[i].bytes) return MPQC_INVALID_ARGUMENT;
+  m->bound = 1;
   return MPQC_OK;
 }
 
-static void deliver(mpqc_model* m) {
-  for (int i = 0; i < mpqc_outputs_n; i++)
-    memcpy(m->bound.results[i], m->bound.outputs[i], mpqc_outputs[i].bytes);
+/* Kernels want buffers aligned to 64 bytes, and may read a little behind an input: both sides are
+ * copied, inputs to their places in the arena before the first step, outputs after the last. */
+static int step(mpqc_model* m, int index) {
+  for (int i = 0; i < mpqc_inputs_n && index == 0; i++)
+    if (mpqc_inputs[i].bytes)
+      memcpy(m->arena + mpqc_input_offsets[i], m->sources[i], mpqc_inputs[i].bytes);
+  if (mpqc_steps[index](m->arena)) return MPQC_KERNEL_FAILED;
+  for (int i = 0; i < mpqc_outputs_n && index == mpqc_steps_n - 1; i++)
+    if (mpqc_outputs[i].bytes)
+      memcpy(m->results[i], m->arena + mpqc_output_offsets[i], mpqc_outputs[i].bytes);
+  return MPQC_OK;
 }
 
 static int sizes_fit(const size_t* sizes, const mpqc_tensor* tensors, int n) {
@@ -345,9 +395,8 @@ int mpqc_run(mpqc_model* m, const void* const* inputs, const size_t* input_sizes
   int status = enter(m);
   if (status) return status;
   status = bind(m, inputs, outputs);
-  for (int i = 0; i < mpqc_steps_n && !status; i++)
-    if (mpqc_steps[i](&m->bound)) status = MPQC_KERNEL_FAILED;
-  if (!status) deliver(m);
+  for (int i = 0; i < mpqc_steps_n && !status; i++) status = step(m, i);
+  m->bound = 0; /* the caller's buffers may go */
   return leave(m, status);
 }
 
@@ -360,17 +409,16 @@ int mpqc_bind(mpqc_model* m, const void* const* inputs, void* const* outputs) {
 
 int mpqc_step(mpqc_model* m, int index) {
   if (!m || index < 0 || index >= mpqc_steps_n) return MPQC_INVALID_ARGUMENT;
-  if (mpqc_outputs_n && !m->bound.results[0]) return MPQC_INVALID_ARGUMENT;
   int status = enter(m);
   if (status) return status;
-  if (mpqc_steps[index](&m->bound)) status = MPQC_KERNEL_FAILED;
-  if (!status && index == mpqc_steps_n - 1) deliver(m);
-  return leave(m, status);
+  return leave(m, m->bound ? step(m, index) : MPQC_INVALID_ARGUMENT);
 }
 
 int mpqc_read(mpqc_model* m, size_t offset, void* result, size_t bytes) {
-  if (!m || !result || offset > mpqc_arena_bytes || bytes > mpqc_arena_bytes - offset)
+  if (!m || !result || offset > MPQC_ARENA_BYTES || bytes > MPQC_ARENA_BYTES - offset)
     return MPQC_INVALID_ARGUMENT;
-  memcpy(result, m->bound.arena + offset, bytes);
-  return MPQC_OK;
+  int status = enter(m);
+  if (status) return status;
+  memcpy(result, m->arena + offset, bytes);
+  return leave(m, MPQC_OK);
 }

@@ -1,31 +1,37 @@
-/* Between runtime.c and the generated model.c. */
+/* Between runtime.c and the generated model.c and sizes.h. */
 #ifndef MPQC_RUNTIME_H
 #define MPQC_RUNTIME_H
 
+/* MPQC_ARENA_BYTES, MPQC_WORKSPACE_BYTES, MPQC_SCRATCH_BYTES(threads); for a library without
+ * threads and heap MPQC_NO_THREADS and MPQC_NO_HEAP; names of the interface, where others than
+ * mpqc_... were asked for. */
+#include "sizes.h"
 #include "mpqc.h"
 
-#ifndef MPQC_THREADS
-#define MPQC_THREADS 1
-#endif
 #define MPQC_HOOK __attribute__((visibility("hidden")))
-#define MPQC_MOST_TENSORS 256
 
-struct mpqc_bindings {
-  uint8_t* arena;
-  uint8_t* staging;
-  uint8_t* inputs[MPQC_MOST_TENSORS];
-  uint8_t* outputs[MPQC_MOST_TENSORS];
-  void* results[MPQC_MOST_TENSORS];
+typedef int (*mpqc_step_fn)(uint8_t* arena);
+
+/* A constant whose values need fewer bits than their type has:
+ * value[i] = low + scale * (bits `i * bits` to `(i + 1) * bits` of the source, lowest bit first). */
+struct mpqc_narrow {
+  size_t source, target; /* offsets in the weights and in the shared memory */
+  size_t count;
+  int32_t low, scale;
+  uint8_t bits, bytes; /* of a stored, of a widened value */
 };
-typedef int (*mpqc_step_fn)(struct mpqc_bindings*);
 
 /* Defined by model.c. */
 extern const mpqc_tensor mpqc_inputs[] MPQC_HOOK;
 extern const mpqc_tensor mpqc_outputs[] MPQC_HOOK;
+extern const size_t mpqc_input_offsets[] MPQC_HOOK, mpqc_output_offsets[] MPQC_HOOK;
 extern const int mpqc_inputs_n MPQC_HOOK, mpqc_outputs_n MPQC_HOOK, mpqc_steps_n MPQC_HOOK;
 extern const mpqc_step_fn mpqc_steps[] MPQC_HOOK;
-extern const size_t mpqc_arena_bytes MPQC_HOOK;
+extern const struct mpqc_narrow mpqc_narrows[] MPQC_HOOK;
+extern const int mpqc_narrows_n MPQC_HOOK;
+extern const mpqc_about mpqc_identity MPQC_HOOK;
 extern const char mpqc_manifest_begin[] MPQC_HOOK, mpqc_manifest_end[] MPQC_HOOK;
 extern const uint8_t mpqc_weights[] MPQC_HOOK;
+extern uint8_t mpqc_shared[] MPQC_HOOK;
 int mpqc_machine_fits(void) MPQC_HOOK;
 #endif

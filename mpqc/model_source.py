@@ -1,0 +1,318 @@
+"""Generated C of a library: model.c, sizes.h, and model.h for whoever uses it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpqc.errors import UsageError
+from mpqc.graph import TensorType
+from mpqc.narrow import Narrow, narrow
+from mpqc.program import MemoryPlan, Program
+from mpqc.target import Target
+
+CSRC = Path(__file__).parent / "csrc"
+DEFAULT_PREFIX = "mpqc"
+INSTANCE_BYTES, WORKER_BYTES = 512, 64  # runtime.c checks that its structs fit
+
+# CPU features that the library asks the processor for before it runs, by mpqc's feature names.
+_CPU_CHECKS = {
+    "x86_64": {
+        "ssse3": ("ssse3", "sse4.2", "popcnt"),
+        "avx2": ("avx2", "fma"),
+        "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        "vnni": ("avx512vnni",),
+        "bitalg": ("avx512bitalg", "avx512vpopcntdq", "avx512vbmi"),
+    }
+}
+
+_C_TYPES = {
+    "float32": "float", "float64": "double", "int8": "int8_t", "int16": "int16_t",
+    "int32": "int32_t", "int64": "int64_t", "uint8": "uint8_t", "uint16": "uint16_t",
+    "uint32": "uint32_t", "uint64": "uint64_t", "bool": "uint8_t", "float16": "uint16_t",
+    "bfloat16": "uint16_t",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """What kind of library is built.
+
+    Attributes:
+        static: also a static library ``model.a``, or ``NAME.a`` with its own ``NAME.h``.
+        prefix: of the static library's functions, so that several fit into one program.
+        bare: no threads and no heap: the caller gives the memory; needs memcpy and memset alone.
+        ready: weights lie in the library as the kernels read them: larger, but nothing is widened
+            in memory at the first start.
+    """
+
+    static: bool = False
+    prefix: str = DEFAULT_PREFIX
+    bare: bool = False
+    ready: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.prefix):
+            raise UsageError(
+                f"--prefix wants a C name in lower case, as my_model, got {self.prefix!r}"
+            )
+        if self.prefix != DEFAULT_PREFIX and not self.static:
+            raise UsageError("--prefix names the functions of a static library: add --static")
+
+
+@dataclass
+class Weights:
+    """Constants as they lie in the library.
+
+    Attributes:
+        data: all of them, each aligned to 64 bytes.
+        fixed: constant -> offset in ``data``, for those that kernels read there.
+        narrows: those that are widened first: (source, target, what).
+        widened: constant -> offset in the memory that they are widened into.
+        shared: size of that memory.
+    """
+
+    data: bytearray = field(default_factory=bytearray)
+    fixed: dict[str, int] = field(default_factory=dict)
+    narrows: list[tuple[int, int, Narrow]] = field(default_factory=list)
+    widened: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
+
+
+def collect_weights(program: Program, form: Form) -> Weights:
+    """The constants that steps read."""
+    used = {program.root(name) for step in program.steps for name in step.inputs}
+    weights = Weights()
+    for name in sorted(used & program.constants.keys()):
+        array = np.ascontiguousarray(program.constants[name])
+        small = None if form.ready else narrow(array)
+        place = len(weights.data)
+        if small is None:
+            weights.fixed[name] = place
+            _append(weights.data, array.tobytes(), 64)
+        else:
+            weights.narrows.append((place, weights.shared, small))
+            weights.widened[name] = weights.shared
+            weights.shared += -(-array.nbytes // 64) * 64
+            _append(weights.data, small.data, 64)
+    weights.data += bytes(64)  # kernels may read a little behind the last
+    weights.shared += 64 if weights.shared else 0
+    return weights
+
+
+def _append(data: bytearray, new: bytes, align: int) -> None:
+    data += new + bytes(-len(new) % align)
+
+
+def functions(form: Form) -> list[str]:
+    """Names of the interface, as mpqc.h has them."""
+    return re.findall(r"^MPQC_API .*?\b(mpqc_\w+)\(", _interface(form), re.MULTILINE)
+
+
+def _interface(form: Form) -> str:
+    """mpqc.h, without what the form does not have."""
+    text = (CSRC / "mpqc.h").read_text("utf-8")
+    if form.bare:
+        return re.sub(r"#ifndef MPQC_NO_HEAP\n.*?#endif\n", "", text, flags=re.DOTALL)
+    return re.sub(r"#ifndef MPQC_NO_HEAP\n(.*?)#endif\n", r"\1", text, flags=re.DOTALL)
+
+
+def exports(form: Form) -> str:
+    """Linker script: the C interface is visible, kernels and helpers are not."""
+    return f"{{ global: {'; '.join(functions(form))}; local: *; }};\n"
+
+
+def sizes_header(
+    program: Program, memory: MemoryPlan, weights: Weights, workspace: int, form: Form, prefix: str
+) -> str:
+    """sizes.h: what runtime.c is compiled for."""
+    facts = {
+        "ARENA_BYTES": memory.size,
+        "ARENA_LEAST": memory.lower_bound,
+        "WORKSPACE_BYTES": workspace,
+        "WEIGHT_BYTES": len(weights.data),
+        "SHARED_BYTES": weights.shared,
+        "INSTANCE_BYTES": INSTANCE_BYTES,
+        "WORKER_BYTES": WORKER_BYTES,
+    }
+    lines = [f"#define MPQC_{name} {value}" for name, value in facts.items()]
+    lines.append(f"#define MPQC_SCRATCH_BYTES(threads) {_scratch(program, memory, workspace)}")
+    if form.bare:
+        lines += ["#define MPQC_NO_THREADS", "#define MPQC_NO_HEAP"]
+    if prefix != DEFAULT_PREFIX:
+        lines += [f"#define {name} {_renamed(name, prefix)}" for name in functions(form)]
+    return "\n".join(lines) + "\n"
+
+
+def _scratch(program: Program, memory: MemoryPlan, workspace: int) -> str:
+    """Bytes of an instance as a C expression of ``threads``; runtime.c divides them the same."""
+    fixed, each = _scratch_parts(memory, workspace)
+    buffers = len(program.inputs) + len(program.outputs)
+    pointers = f"(sizeof(void*) * {buffers} + 63) / 64 * 64"
+    return f"((size_t){fixed} + {pointers} + (size_t){each} * (size_t)(threads))"
+
+
+def scratch_bytes(program: Program, memory: MemoryPlan, workspace: int, target: Target) -> int:
+    """The same for an instance of one thread."""
+    pointer = 4 if target.arch == "armv7" else 8
+    pointers = -(-pointer * (len(program.inputs) + len(program.outputs)) // 64) * 64
+    return sum(_scratch_parts(memory, workspace)) + pointers
+
+
+def _scratch_parts(memory: MemoryPlan, workspace: int) -> tuple[int, int]:
+    """Of the instance, and of each thread."""
+    return INSTANCE_BYTES + _whole_lines(memory.size), WORKER_BYTES + _whole_lines(workspace)
+
+
+def _whole_lines(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _renamed(name: str, prefix: str) -> str:
+    return name.replace("mpqc_", f"{prefix}_", 1)
+
+
+def public_header(
+    program: Program, memory: MemoryPlan, workspace: int, form: Form, prefix: str, model: str
+) -> str:
+    """model.h: the interface, and the model's names and sizes as constants."""
+    text = _interface(form)
+    for name in (*functions(form), "mpqc_model"):
+        text = re.sub(rf"\b{name}\b", _renamed(name, prefix), text)
+    upper = prefix.upper()
+    text = re.sub(r"\bMPQC_H\b", f"{upper}_H", text)
+    lines = [f"/* Constants of this model: {_comment(model)} */"]
+    for side, tensors in (("INPUT", program.inputs), ("OUTPUT", program.outputs)):
+        lines.append(f"#define {upper}_{side}S {len(tensors)}")
+        for index, (name, kind) in enumerate(tensors.items()):
+            start = f"#define {upper}_{side}_{index}"
+            shape = ", ".join(map(str, kind.shape))
+            lines += [
+                f"{start}_NAME {_c_string(name)}",
+                f'{start}_DTYPE "{kind.dtype}"',
+                f"{start}_TYPE {_C_TYPES.get(kind.dtype, 'uint8_t')}",
+                f"{start}_RANK {len(kind.shape)}",
+                f"{start}_SHAPE {{{shape}}}",
+                f"{start}_ELEMENTS {prod(kind.shape)}",
+                f"{start}_BYTES {kind.nbytes}",
+            ]
+    lines += [
+        "/* What mpqc_scratch_bytes returns, for memory that is laid out at compile time. */",
+        f"#define {upper}_SCRATCH_BYTES(threads) {_scratch(program, memory, workspace)}",
+        "#endif",
+    ]
+    body = text.rstrip()
+    assert body.endswith("#endif")
+    return body.removesuffix("#endif") + "\n" + "\n".join(lines) + "\n"
+
+
+def _c_string(text: str) -> str:
+    """A C string literal of the text's UTF-8."""
+    plain = {ord(c) for c in '"\\?'}  # quotes, escapes and trigraphs
+    body = "".join(
+        chr(byte) if 32 <= byte < 127 and byte not in plain else f"\\{byte:03o}"
+        for byte in text.encode("utf-8", "surrogatepass")
+    )
+    return f'"{body}"'
+
+
+def _comment(text: str) -> str:
+    return re.sub(r"[^\w .+-]", "_", text)
+
+
+def model_source(
+    program: Program,
+    memory: MemoryPlan,
+    weights: Weights,
+    target: Target,
+    manifest: Mapping[str, Any],
+) -> str:
+    """model.c: tables and one call a step."""
+    places = {**memory.offsets, **memory.ends}
+
+    def place(name: str) -> str:
+        root = program.root(name)
+        if root in weights.fixed:
+            return f"(void*)(mpqc_weights + {weights.fixed[root]})"
+        if root in weights.widened:
+            return f"mpqc_shared + {weights.widened[root]}"
+        return f"a + {places[root]}"
+
+    arity = {step.kernel: len(step.inputs) + len(step.outputs) for step in program.steps}
+    lines = ['#include "runtime.h"', ""]
+    lines += [f"int {name}({', '.join(['void*'] * count)});" for name, count in arity.items()]
+    for index, step in enumerate(program.steps):
+        args = ", ".join(place(name) for name in (*step.inputs, *step.outputs))
+        lines.append(
+            f"static int step_{index}(uint8_t* a) {{ (void)a; return {step.kernel}({args}); }}"
+        )
+    names = [f"step_{index}" for index in range(len(program.steps))]
+    results = {name: program.root(buffer) for name, buffer in program.results.items()}
+    lines += [
+        f"const mpqc_step_fn mpqc_steps[] = {{{', '.join(names) or '0'}}};",
+        f"const int mpqc_steps_n = {len(names)};",
+        *_tensor_table("input", program.inputs, [places[name] for name in program.inputs]),
+        *_tensor_table("output", program.outputs, [places[results[n]] for n in program.outputs]),
+        *_narrow_table(weights),
+        _identity(target, manifest),
+        _machine_check(target),
+        _embed("mpqc_weights", "weights.bin", 64),
+        _embed("mpqc_manifest_begin", "manifest.json", 1, "mpqc_manifest_end"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensor_table(side: str, tensors: Mapping[str, TensorType], places: list[int]) -> list[str]:
+    rows, shapes = [], []
+    for index, (tensor, kind) in enumerate(tensors.items()):
+        extents = ", ".join(map(str, kind.shape)) or "0"
+        shapes.append(f"static const int64_t {side}_shape_{index}[] = {{{extents}}};")
+        rows.append(
+            f'{{{_c_string(tensor)}, "{kind.dtype}", {len(kind.shape)}, '
+            f"{side}_shape_{index}, {kind.nbytes}}}"
+        )
+    return [
+        *shapes,
+        f"const mpqc_tensor mpqc_{side}s[] = {{{', '.join(rows) or '{0}'}}};",
+        f"const size_t mpqc_{side}_offsets[] = {{{', '.join(map(str, places)) or '0'}}};",
+        f"const int mpqc_{side}s_n = {len(rows)};",
+    ]
+
+
+def _narrow_table(weights: Weights) -> list[str]:
+    rows = [
+        f"{{{source}, {target}, {n.count}, {n.low}, {n.scale}, {n.bits}, {n.width}}}"
+        for source, target, n in weights.narrows
+    ]
+    return [
+        f"const struct mpqc_narrow mpqc_narrows[] = {{{', '.join(rows) or '{0}'}}};",
+        f"const int mpqc_narrows_n = {len(rows)};",
+        f"uint8_t mpqc_shared[{max(weights.shared, 1)}] __attribute__((aligned(64)));",
+    ]
+
+
+def _identity(target: Target, manifest: Mapping[str, Any]) -> str:
+    model, versions = manifest.get("model", {}), manifest.get("versions", {})
+    texts = (model.get("file"), model.get("sha256"), versions.get("mpqc"), target.name)
+    words = ", ".join(_c_string(text or "") for text in texts)
+    return f"const mpqc_about mpqc_identity = {{MPQC_ABI_VERSION, 0, {words}}};"
+
+
+def _machine_check(target: Target) -> str:
+    table = _CPU_CHECKS.get(target.arch, {})
+    flags = [flag for feature in sorted(target.features) for flag in table.get(feature, ())]
+    tests = " && ".join(f'__builtin_cpu_supports("{flag}")' for flag in flags) or "1"
+    prepare = "__builtin_cpu_init(); " if flags else ""
+    return f"int mpqc_machine_fits(void) {{ {prepare}return {tests}; }}"
+
+
+def _embed(symbol: str, file: str, align: int, end: str = "") -> str:
+    tail = f'".global {end}\\n.hidden {end}\\n{end}:\\n"' if end else ""
+    return (
+        f'__asm__(".section .rodata\\n.balign {align}\\n.global {symbol}\\n.hidden {symbol}\\n'
+        f'{symbol}:\\n.incbin \\"{file}\\"\\n" {tail} ".byte 0\\n.previous\\n");'
+    )
