@@ -26,17 +26,16 @@ operators are few and exact; each computes plain integers or IEEE float32, nothi
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from types import MappingProxyType
 from typing import Any, Self, TypeAlias
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
 
 from mpqc.errors import GraphError
+from mpqc.tensor_type import Array as Array
+from mpqc.tensor_type import TensorType as TensorType
 
-Array: TypeAlias = npt.NDArray[Any]
 Attribute: TypeAlias = (
     int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...] | Array
 )
@@ -44,14 +43,6 @@ Attribute: TypeAlias = (
 QUANTIZED_OPS = frozenset(
     {"Quantize", "Dequantize", "IntConv", "IntMatMul", "Affine", "Requantize"}
 )
-
-_SHORT = {
-    "float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16",
-    "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
-    "uint8": "u8", "uint16": "u16", "uint32": "u32", "uint64": "u64", "bool": "bool",
-    "string": "str",
-}  # fmt: skip
-_LONG = {short: long for long, short in _SHORT.items()}
 
 
 @dataclass(frozen=True)
@@ -75,37 +66,6 @@ class Precision:
 
     def __str__(self) -> str:
         return f"w{self.weight}a{self.activation}"
-
-
-@dataclass(frozen=True)
-class TensorType:
-    """Element type (numpy's name) and static shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, array: Array) -> Self:
-        return cls(str(array.dtype), tuple(array.shape))
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``"f32[1,3,224,224]"``."""
-        match = re.fullmatch(r"(\w+)\[([\d,\s]*)\]", text.strip())
-        if not match or match[1] not in _LONG:
-            raise GraphError(f"not a tensor type: {text!r}")
-        return cls(_LONG[match[1]], tuple(int(d) for d in match[2].split(",") if d.strip()))
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * np.dtype(self.dtype).itemsize
-
-    def __str__(self) -> str:
-        return f"{_SHORT.get(self.dtype, self.dtype)}[{','.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ import onnx.shape_inference
 from onnx import helper, numpy_helper
 
 from mpqc.errors import ModelError
-from mpqc.graph import _SHORT, Array, Attribute, Node, TensorType
+from mpqc.graph import Array, Attribute, Node, TensorType
+from mpqc.tensor_type import SHORT_NAMES
 
 MAX_INFERENCE_ELEMENTS = 1 << 16  # larger constants are no shapes, axes or counts
 
@@ -47,7 +48,7 @@ def dtype_name(elem_type: int) -> str | None:
         name = str(helper.tensor_dtype_to_np_dtype(elem_type))
     except KeyError:
         return None
-    return name if name in _SHORT else None
+    return name if name in SHORT_NAMES else None
 
 
 def type_proto(kind: TensorType) -> Any:

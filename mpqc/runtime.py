@@ -1,20 +1,25 @@
-"""Run a compiled model from Python: ctypes and numpy, nothing else."""
+"""Run a compiled model from Python: ctypes and numpy, nothing else.
+
+A machine that only runs models needs this package without its dependencies, and numpy.
+"""
 
 import ctypes
 import json
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from mpqc.errors import ArtifactError, DataError
-from mpqc.graph import Array, TensorType
 from mpqc.target import host_flags, native
+from mpqc.tensor_type import Array, TensorType
 
 ABI_VERSION = 1
+ALIGNMENT = 64  # of scratch memory [bytes]
 
 
 class _Tensor(ctypes.Structure):
@@ -25,6 +30,73 @@ class _Tensor(ctypes.Structure):
         ("shape", ctypes.POINTER(ctypes.c_int64)),
         ("bytes", ctypes.c_size_t),
     )
+
+
+class _About(ctypes.Structure):
+    _fields_ = (
+        ("abi_version", ctypes.c_int32),
+        ("most_threads", ctypes.c_int32),
+        ("model", ctypes.c_char_p),
+        ("sha256", ctypes.c_char_p),
+        ("compiler", ctypes.c_char_p),
+        ("target", ctypes.c_char_p),
+    )
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "scratch",
+            "arena",
+            "arena_least",
+            "workspace",
+            "workspace_peak",
+            "weights",
+            "shared",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class About:
+    """Which model a library holds.
+
+    Attributes:
+        model, sha256: file that was compiled, and the hash of its content.
+        compiler: version of mpqc.
+        target: machine that it was compiled for.
+        most_threads: of an instance; 1 in a library without threads.
+    """
+
+    model: str
+    sha256: str
+    compiler: str
+    target: str
+    most_threads: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of an instance [bytes].
+
+    Attributes:
+        scratch: of this instance, all in one block.
+        arena: of these: values between kernels, inputs and outputs.
+        arena_least: largest total of values that live at the same time.
+        workspace: of these: working memory of each thread's kernels.
+        workspace_peak: most of it that a thread has used so far.
+        weights: read-only in the library, for all instances.
+        shared: weights made ready for the kernels, once for all instances.
+    """
+
+    scratch: int
+    arena: int
+    arena_least: int
+    workspace: int
+    workspace_peak: int
+    weights: int
+    shared: int
 
 
 def _check_whole(path: Path) -> None:
@@ -68,7 +140,8 @@ def _open(path: Path) -> Any:
     library.mpqc_manifest.restype = ctypes.c_void_p
     library.mpqc_manifest.argtypes = (ctypes.POINTER(size),)
     library.mpqc_scratch_bytes.restype = size
-    library.mpqc_create.argtypes = (ctypes.c_int, pointers)
+    library.mpqc_create_in.argtypes = (ctypes.c_int, ctypes.c_void_p, size, pointers)
+    library.mpqc_describe_memory.argtypes = (ctypes.c_void_p, ctypes.POINTER(_Memory))
     library.mpqc_destroy.argtypes = (ctypes.c_void_p,)
     library.mpqc_destroy.restype = None
     library.mpqc_run.argtypes = (
@@ -116,9 +189,12 @@ class CompiledModel:
         _check_instructions(self.path, self.manifest.get("target", {}))
         self.threads = threads
         handle = ctypes.c_void_p()
-        self._check(
-            self._library.mpqc_create(threads, ctypes.byref(handle)), "cannot start the model"
-        )
+        size = int(self._library.mpqc_scratch_bytes(threads))
+        self._scratch = np.empty(size + ALIGNMENT, np.uint8)
+        start = self._scratch.ctypes.data
+        start += -start % ALIGNMENT
+        status = self._library.mpqc_create_in(threads, start, size, ctypes.byref(handle))
+        self._check(status, "cannot start the model")
         self._handle = handle
         self.inputs = self._tensors("input")
         self.outputs = self._tensors("output")
@@ -146,6 +222,24 @@ class CompiledModel:
         start = self._library.mpqc_manifest(ctypes.byref(size))
         manifest: dict[str, Any] = json.loads(ctypes.string_at(start, size.value))
         return manifest
+
+    @property
+    def about(self) -> About:
+        """Which model this is, and of which version."""
+        found = _About()
+        self._check(self._library.mpqc_describe(ctypes.byref(found)), "cannot describe the model")
+        model, sha256, compiler, target = (
+            text.decode() for text in (found.model, found.sha256, found.compiler, found.target)
+        )
+        return About(model, sha256, compiler, target, found.most_threads)
+
+    @property
+    def memory(self) -> Memory:
+        """What this instance occupies, and how much of it was needed."""
+        found = _Memory()
+        status = self._library.mpqc_describe_memory(self._handle, ctypes.byref(found))
+        self._check(status, "cannot describe the memory")
+        return Memory(*(int(getattr(found, name)) for name, *_ in _Memory._fields_))
 
     @property
     def scratch_bytes(self) -> int:
