@@ -15,6 +15,8 @@ from mpqc.cli_options import (
     Overwrite,
     PreprocessOption,
     Seed,
+    TargetOption,
+    Threads,
     Verbose,
     parse_dims,
 )
@@ -68,6 +70,12 @@ def search(
         Option("--option", metavar="NAME=VALUE", help="Of the method; repeatable."),
     ] = None,
     dim: Dim = None,
+    latency_table: Annotated[
+        Path | None,
+        Option("--latency-table", metavar="F.csv", help="Of mpqc profile; by default the cache's."),
+    ] = None,
+    target: TargetOption = "native",
+    threads: Threads = 1,
     cache: Annotated[
         Path | None, Option("--cache", metavar="DIR", help="For measurements; a folder of yours.")
     ] = None,
@@ -85,11 +93,24 @@ def search(
 ) -> None:
     """Search the width of every layer under budgets; exit 4 if they cannot be met."""
     from mpqc.artifact import check_output
+    from mpqc.budget import parse_budgets
     from mpqc.graph import Precision
-    from mpqc.search import default_cache, report, search_plan
+    from mpqc.search import CostFunction, default_cache, report, search_plan
 
     for path in filter(None, (output, scores_csv, scores_png)):
         check_output(path, overwrite)
+    dims = parse_dims(dim)
+    costs: dict[str, CostFunction] = {}
+    if latency_table or any(b.objective == "latency" for b in parse_budgets(budget)):
+        from mpqc.latency import LatencyTable
+        from mpqc.profile_layers import latency_cost
+        from mpqc.target import find_target
+
+        table = None if latency_table is None else LatencyTable.load(latency_table)
+        machine = find_target(target)
+        costs["latency"] = latency_cost(
+            model, machine, table, threads=threads, dims=dims, cache=cache
+        )
     with _Bar() as bar:
         result = search_plan(
             model,
@@ -101,7 +122,8 @@ def search(
             options=pairs(option, "--option"),
             ends=None if first_last in ("search", "same") else Precision.parse(first_last),
             constraints=constraints,
-            dims=parse_dims(dim),
+            costs=costs,
+            dims=dims,
             seed=seed,
             cache=None if no_cache else cache or default_cache(),
             progress=bar,
