@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqc.artifact import Artifact
 from mpqc.data import Data
 from mpqc.errors import ArtifactError, ModelError, UsageError
 from mpqc.graph import Array
 from mpqc.runtime import CompiledModel, Stepper
+
+if TYPE_CHECKING:
+    from mpqc.ort import Session
 
 OPPONENTS: Mapping[str, str] = {
     "ort-fp32": "the float model in ONNX Runtime, optimised",
@@ -149,12 +152,7 @@ def bench(
         original = _original(artifact, model) if against else None
         for name in against:
             runs[name] = _opponent(name, original, feeds, threads)
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for run in runs.values():
-            run(WARM_UP)
-        for _ in range(repeat):
-            for name, run in runs.items():
-                times[name] += run(1)
+        times = take_turns(runs, repeat)
         layers = _per_layer(compiled, feeds[0], repeat) if per_layer else ()
         batch = max((kind.shape[0] for kind in compiled.inputs.values() if kind.shape), default=1)
         versions = compiled.manifest["versions"]
@@ -163,6 +161,24 @@ def bench(
         for name, found in times.items()
     )
     return Benchmark(timings, layers, machine(versions), threads, batch)
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[int], list[float]]], repeat: int
+) -> dict[str, list[float]]:
+    """Seconds of single runs after a warm-up; A, B, A, B, ..., so that disturbances meet all.
+
+    Args:
+        runs: name -> what runs so many times and returns the seconds of each.
+        repeat: measured runs of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(WARM_UP)
+    for _ in range(repeat):
+        for name, run in runs.items():
+            times[name] += run(1)
+    return times
 
 
 def _feeds(
@@ -186,14 +202,32 @@ def _original(artifact: Artifact, model: Path | None) -> Path:
 def _opponent(
     name: str, model: Path | None, feeds: Sequence[Mapping[str, Array]], threads: int
 ) -> Callable[[int], list[float]]:
-    from mpqc.ort import Session, quantize_static
-
     if model is None:
         raise ModelError(f"{name} needs the float model")
+    session = opponent(name, model, feeds, threads)
+    return lambda count: session.seconds(feeds[0], count)
+
+
+def opponent(
+    name: str, model: Path, feeds: Sequence[Mapping[str, Array]], threads: int
+) -> "Session":
+    """A session of ONNX Runtime to compare with.
+
+    Args:
+        name: from ``OPPONENTS``.
+        model: float ONNX file.
+        feeds: calibration of ``ort-int8``; the first is tried.
+        threads: of the session.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the model.
+    """
+    from mpqc.ort import Session, quantize_static
+
     source = quantize_static(model, feeds) if name == "ort-int8" else model
     session = Session(source, threads, optimise=True)
     session.run(feeds[0])  # says what does not fit before anything is timed
-    return lambda count: session.seconds(feeds[0], count)
+    return session
 
 
 def _per_layer(

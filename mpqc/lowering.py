@@ -376,7 +376,7 @@ def _record(node: Node, choice: Choice, weight: Array) -> LayerRecord:
     macs = prod(layer.out_shape) * layer.reduction
     return LayerRecord(
         node.name, precision, precision, choice.kind, choice.variant, "int32",
-        int(sums.max(initial=0)) * reach, macs, choice.reason,
+        int(sums.max(initial=0)) * reach, macs, choice.reason, choice.chosen,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpqc import importer
 from mpqc.artifact import (
@@ -41,6 +41,7 @@ from mpqc.program import LayerRecord, MemoryPlan, Program, plan_memory
 from mpqc.target import Target
 
 if TYPE_CHECKING:
+    from mpqc.latency import LatencyTable
     from mpqc.select_kernel import Selector
 
 Progress = Callable[[str], None]
@@ -57,6 +58,8 @@ class Options:
         max_samples: of calibration data.
         seed: of the calibration sample.
         strict: a layer that does not run as planned is an error.
+        latencies: table by which kernels are chosen: a file of ``mpqc profile``, what the user's
+            cache holds for the target (if anything), or None: the model of its instructions.
     """
 
     target: Target
@@ -65,6 +68,7 @@ class Options:
     max_samples: int | None = 256
     seed: int = 0
     strict: bool = False
+    latencies: Path | Literal["cache"] | None = "cache"
 
 
 def import_model(
@@ -121,15 +125,30 @@ def lower(
     """Integer graph to scheduled kernels and the steps that call them."""
     from mpqc import lowering
 
-    last = run(quantized, ChannelsLast(), DropDead(), callback=callback)
+    last = channels_last(quantized, callback)
     return lowering.lower(last, options.target, _selector(plan, options))
+
+
+def channels_last(quantized: Graph, callback: Callback | None = None) -> Graph:
+    """Integer graph in the layout that lowering takes."""
+    return run(quantized, ChannelsLast(), DropDead(), callback=callback)
 
 
 def _selector(plan: Plan | None, options: Options) -> "Selector":
     from mpqc.select_kernel import Selector
 
     kernels = {name: layer.kernel for name, layer in plan.layers.items()} if plan else {}
-    return Selector(options.target, options.kernel, kernels)
+    return Selector(options.target, options.kernel, kernels, _latencies(options))
+
+
+def _latencies(options: Options) -> "LatencyTable | None":
+    from mpqc.latency import LatencyTable, cached_table
+
+    if options.kernel != "auto" or options.latencies is None:
+        return None
+    if options.latencies != "cache":
+        return LatencyTable.load(options.latencies)
+    return cached_table(options.target) if options.target.runs_here else None
 
 
 def compile_model(

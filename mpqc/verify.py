@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from mpqc.runtime import CompiledModel, Stepper
 
 TOLERANCE = 1e-3  # of the largest magnitude, where float operators take part
 
+Run: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Status = Literal["exact", "exact on own inputs", "float", "wrong"]
 _INTEGER = frozenset({"ConvInteger", "MatMulInteger", "Round"})
 _WORSE: tuple[Status, ...] = ("exact", "exact on own inputs", "float", "wrong")
@@ -236,6 +237,35 @@ def verify(
     )
 
 
+def agree(
+    run: Run,
+    float_run: Run,
+    data: Data,
+    max_samples: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Agreement:
+    """Run two models over the same samples and say how far they agree.
+
+    Args:
+        run: feeds -> outputs of the model to judge.
+        float_run: of the float model.
+        data: inputs, with labels where accuracy is asked for.
+        max_samples: at most so many; None: all.
+        seed: of the choice of samples.
+        progress: called with the number of samples done.
+    """
+    samples = _Samples.of(data, max_samples, seed)
+    agreeing = _Agreeing(samples.labels)
+    done = 0
+    for feed, valid in samples.feeds():
+        agreeing.add(run(feed), float_run(feed), done, valid)
+        done += valid
+        if progress is not None:
+            progress(done)
+    return agreeing.result()
+
+
 def _passes(outputs: Any, inside: Any, manifest: Mapping[str, Any]) -> bool:
     if any(row.status == "wrong" for row in (*outputs, *inside)):
         return False
@@ -277,6 +307,10 @@ class _Samples:
             return cls(
                 f"random inputs, seed {seed}", lambda: ((feed, max(1, valid)) for feed in feeds)
             )
+        return cls.of(data, most, seed)
+
+    @classmethod
+    def of(cls, data: Data, most: int | None, seed: int) -> "_Samples":
         chosen = data.sample(most, seed)
 
         def stream() -> Iterator[tuple[dict[str, Array], int]]:

@@ -1,5 +1,6 @@
 """What all tests share: the real models and data, where they are."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ def _shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"real {name} live outside the repository, in {folder}: not there")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine's user has measured must not decide what the tests compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPQC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,69 @@
+"""Door to matplotlib: pictures of results, with the extra ``mpqc[report]``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpqc.errors import EnvironmentLacks
+from mpqc.verdict import COSTS, Build, pareto, quality_of
+
+_AXES = {
+    "size": ("weights [kB]", 1e-3),
+    "bitops": ("BitOPs [G]", 1e-9),
+    "latency": ("latency [ms]", 1e3),
+}
+_QUALITY = {
+    "accuracy": ("accuracy [%]", 100.0),
+    "agreement": ("same class as the float model [%]", 100.0),
+    "sqnr_db": ("signal to quantization noise [dB]", 1.0),
+}
+_LOOKS = {"uniform": ("o", "tab:blue"), "plan": ("D", "tab:red"), "opponent": ("s", "tab:gray")}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise EnvironmentLacks(
+            f'plots need matplotlib ({error}): pip install "mpqc[report]"'
+        ) from error
+    return pyplot
+
+
+def pareto_plot(builds: Sequence[Build], title: str, output: Path) -> None:
+    """Quality against each cost, the builds that none beats joined by a line: a PNG.
+
+    Raises:
+        EnvironmentLacks: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    quality = quality_of(builds)
+    named, scale = _QUALITY[quality]
+    figure, panels = pyplot.subplots(1, len(COSTS), figsize=(13, 4.5), sharey=True)
+    for panel, cost in zip(panels, COSTS, strict=True):
+        label, factor = _AXES[cost]
+        for build in builds:
+            x, y = build.metric(cost), build.metric(quality)
+            if x is None or y is None:
+                continue
+            marker, colour = _LOOKS[build.role]
+            panel.plot(x * factor, y * scale, marker, color=colour)
+            panel.annotate(
+                build.name, (x * factor, y * scale), xytext=(4, 4), textcoords="offset points",
+                fontsize=8,
+            )  # fmt: skip
+        best = [build for build in builds if build.name in pareto(builds, cost)]
+        front = sorted((float(b.metric(cost) or 0), float(b.metric(quality) or 0)) for b in best)
+        if front:
+            xs, ys = zip(*((x * factor, y * scale) for x, y in front), strict=True)
+            panel.step(xs, ys, where="post", color="tab:green", alpha=0.6, linewidth=1)
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(named)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(output, dpi=120, format="png")
+    pyplot.close(figure)
