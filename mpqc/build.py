@@ -26,10 +26,12 @@ from mpqc.model_source import (
     CSRC,
     DEFAULT_PREFIX,
     Form,
+    Workspace,
     collect_weights,
     exports,
     functions,
     model_source,
+    place_workspaces,
     public_header,
     scratch_bytes,
     sizes_header,
@@ -116,14 +118,16 @@ def build(
     compiler = find_compiler(target, native().arch)
     with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
         work = Path(folder)
-        objects, workspace = _compile_kernels(program, target, work)
+        objects, greed = _compile_kernels(program, target, work)
+        memory, workspaces = place_workspaces(program, memory, greed)
+        workspace = max((need.thread for need in greed.values()), default=0)
         code = sum(path.stat().st_size for path in objects)
         weights = collect_weights(program, form)
         (work / "weights.bin").write_bytes(weights.data)
         (work / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")), "utf-8")
         (work / "exports.map").write_text(exports(form), "utf-8")
         (work / "model.c").write_text(
-            model_source(program, memory, weights, target, manifest), "utf-8"
+            model_source(program, memory, workspaces, weights, target, manifest), "utf-8"
         )
         gcc = _Compiler(compiler, target, work)
         gcc.sizes(sizes_header(program, memory, weights, workspace, form, DEFAULT_PREFIX))
@@ -229,10 +233,12 @@ def _static_library(gcc: _Compiler, objects: list[Path], form: Form, output: Pat
 # ------------------------------------------------------------------------------------- kernels
 
 
-def _compile_kernels(program: Program, target: Target, work: Path) -> tuple[list[Path], int]:
-    """Objects, and the working memory that the greediest kernel wants of each thread [bytes]."""
+def _compile_kernels(
+    program: Program, target: Target, work: Path
+) -> tuple[list[Path], dict[str, Workspace]]:
+    """Objects, and the working memory of each kernel."""
     if not program.kernels:
-        return [], 0
+        return [], {}
     module = tvm.IRModule(
         {
             name: func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
@@ -246,25 +252,26 @@ def _compile_kernels(program: Program, target: Target, work: Path) -> tuple[list
     folder = work / "kernels"
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
-    return sorted(folder.rglob("*.o")), max(workspaces, default=0)
+    return sorted(folder.rglob("*.o")), workspaces
 
 
 @contextlib.contextmanager
-def _raw_interface() -> Iterator[list[int]]:
+def _raw_interface() -> Iterator[dict[str, Workspace]]:
     """Replace TVM's packed calling convention by plain C pointers while compiling.
 
     Yields:
-        Working memory of each kernel [bytes]; filled by the compilation.
+        Working memory of each kernel; filled by the compilation.
     """
     packed, lower = tirx.transform.MakePackedAPI, tirx.transform.LowerTVMBuiltin
-    workspaces: list[int] = []
+    workspaces: dict[str, Workspace] = {}
 
     def lower_and_count() -> Any:
         lowering = lower()
 
         def transform(module: Any, _context: Any) -> Any:
             lowered = lowering(module)
-            workspaces.extend(_workspace(str(func)) for func in lowered.functions.values())
+            for name, func in lowered.functions.items():
+                workspaces[name.name_hint] = _workspace(str(func))
             return lowered
 
         return tvm.transform.module_pass(transform, opt_level=0, name="mpqc.LowerTVMBuiltin")
@@ -278,17 +285,30 @@ def _raw_interface() -> Iterator[list[int]]:
         tirx.transform.LowerTVMBuiltin = lower
 
 
-def _workspace(kernel: str) -> int:
+_ALLOCATION = re.compile(r"TVMBackendAllocWorkspace\([^,]+, [^,]+, T\.uint64\((\d+)\)")
+
+
+def _workspace(kernel: str) -> Workspace:
     """Working memory that a lowered kernel may hold at once, from its text.
 
     Raises:
         ArtifactError: the size is not known before it runs.
     """
-    calls = kernel.count("TVMBackendAllocWorkspace(")
-    sizes = re.findall(r"TVMBackendAllocWorkspace\([^,]+, [^,]+, T\.uint64\((\d+)\)", kernel)
-    if calls != len(sizes):
-        raise ArtifactError("a kernel wants working memory of a size that is not constant")
-    return sum(-(-int(size) // 64) * 64 for size in sizes)
+    once = thread = 0
+    loops: list[int] = []  # indents of the parallel loops around a line
+    for line in kernel.splitlines():
+        indent = len(line) - len(line.lstrip())
+        loops = [loop for loop in loops if indent > loop]
+        sizes = [-(-int(size) // 64) * 64 for size in _ALLOCATION.findall(line)]
+        if len(sizes) != line.count("TVMBackendAllocWorkspace("):
+            raise ArtifactError("a kernel wants working memory of a size that is not constant")
+        if loops:
+            thread += sum(sizes)
+        else:
+            once += sum(sizes)
+        if "T.parallel(" in line:
+            loops.append(indent)
+    return Workspace(once, thread)
 
 
 def _make_raw_api() -> Any:

@@ -1,8 +1,8 @@
 """Generated C of a library: model.c, sizes.h, and model.h for whoever uses it."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from mpqc.errors import UsageError
 from mpqc.graph import TensorType
 from mpqc.narrow import Narrow, narrow
-from mpqc.program import MemoryPlan, Program
+from mpqc.program import MemoryPlan, Program, free_place
 from mpqc.target import Target
 
 CSRC = Path(__file__).parent / "csrc"
@@ -62,6 +62,32 @@ class Form:
             )
         if self.prefix != DEFAULT_PREFIX and not self.static:
             raise UsageError("--prefix names the functions of a static library: add --static")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Working memory of a kernel [bytes].
+
+    Attributes:
+        once: that the kernel allocates; it lies in the arena, where nothing lives meanwhile.
+        thread: that every thread of its parallel loops allocates.
+    """
+
+    once: int = 0
+    thread: int = 0
+
+
+def place_workspaces(
+    program: Program, memory: MemoryPlan, needs: Mapping[str, Workspace]
+) -> tuple[MemoryPlan, list[tuple[int, int]]]:
+    """An arena that holds the kernels' own memory too, and (offset, size) of every step's."""
+    places, size = [], memory.size
+    for index, step in enumerate(program.steps):
+        need = needs[step.kernel].once
+        place = free_place(program, memory, index, need) if need else 0
+        places.append((place, need))
+        size = max(size, place + need)
+    return replace(memory, size=size), places
 
 
 @dataclass
@@ -129,7 +155,7 @@ def exports(form: Form) -> str:
 def sizes_header(
     program: Program, memory: MemoryPlan, weights: Weights, workspace: int, form: Form, prefix: str
 ) -> str:
-    """sizes.h: what runtime.c is compiled for."""
+    """sizes.h: what runtime.c is compiled for; ``workspace`` is that of each thread."""
     facts = {
         "ARENA_BYTES": memory.size,
         "ARENA_LEAST": memory.lower_bound,
@@ -227,6 +253,7 @@ def _comment(text: str) -> str:
 def model_source(
     program: Program,
     memory: MemoryPlan,
+    workspaces: Sequence[tuple[int, int]],
     weights: Weights,
     target: Target,
     manifest: Mapping[str, Any],
@@ -255,6 +282,9 @@ def model_source(
     lines += [
         f"const mpqc_step_fn mpqc_steps[] = {{{', '.join(names) or '0'}}};",
         f"const int mpqc_steps_n = {len(names)};",
+        "const size_t mpqc_workspaces[][2] = {"
+        + (", ".join(f"{{{place}, {size}}}" for place, size in workspaces) or "{0}")
+        + "};",
         *_tensor_table("input", program.inputs, [places[name] for name in program.inputs]),
         *_tensor_table("output", program.outputs, [places[results[n]] for n in program.outputs]),
         *_narrow_table(weights),

@@ -132,18 +132,9 @@ SLACK = 64
 
 def plan_memory(program: Program) -> MemoryPlan:
     """Place all buffers: largest first, each at the lowest offset free during its life."""
-    first: dict[str, int] = {name: -1 for name in program.inputs}
-    last: dict[str, int] = {name: -1 for name in program.inputs}
-    for index, step in enumerate(program.steps):
-        for name in (*step.inputs, *step.outputs):
-            root = program.root(name)
-            first.setdefault(root, index)
-            last[root] = index
+    first, last = _lives(program)
     end = len(program.steps)
     ends = {*program.inputs, *(program.root(name) for name in program.results.values())}
-    for name in program.results.values():
-        last[program.root(name)] = end
-        first.setdefault(program.root(name), end)
     names = [n for n in first if n not in program.constants]
     need = {n: _round_up(program.buffers[n].nbytes) for n in names}
     live = [
@@ -168,6 +159,35 @@ def plan_memory(program: Program) -> MemoryPlan:
         max(live, default=0),
         {n: place for n, place in offsets.items() if n in ends},
     )
+
+
+def free_place(program: Program, memory: MemoryPlan, step: int, size: int) -> int:
+    """Lowest offset of ``size`` bytes that no buffer needs while a step runs."""
+    first, last = _lives(program)
+    place = 0
+    for name, offset in sorted({**memory.offsets, **memory.ends}.items(), key=lambda item: item[1]):
+        if not first[name] <= step <= last[name]:
+            continue
+        if place + size <= offset:
+            break
+        place = max(place, offset + _round_up(program.buffers[name].nbytes))
+    return place
+
+
+def _lives(program: Program) -> tuple[dict[str, int], dict[str, int]]:
+    """First and last step of every buffer; -1 is before all steps, their number behind."""
+    first: dict[str, int] = {name: -1 for name in program.inputs}
+    last: dict[str, int] = {name: -1 for name in program.inputs}
+    for index, step in enumerate(program.steps):
+        for name in (*step.inputs, *step.outputs):
+            root = program.root(name)
+            first.setdefault(root, index)
+            last[root] = index
+    end = len(program.steps)
+    for name in program.results.values():
+        last[program.root(name)] = end
+        first.setdefault(program.root(name), end)
+    return first, last
 
 
 def _round_up(size: int) -> int:

@@ -25,14 +25,21 @@ typedef struct {
 } group_env;
 typedef int (*task_fn)(int id, group_env* env, void* data);
 
+/* Memory that kernels allocate from, and free all at once. */
+struct pool {
+  uint8_t* start;
+  size_t size, used;
+};
+
 struct worker {
   struct mpqc_model* model;
-  uint8_t* workspace;
-  size_t used, peak;
+  struct pool pool; /* in parallel loops */
+  size_t peak;
 #ifndef MPQC_NO_THREADS
   pthread_t thread;
   int id;
 #endif
+  int looping;
 };
 
 struct mpqc_model {
@@ -41,6 +48,7 @@ struct mpqc_model {
   void** results;
   void* owned; /* scratch that mpqc_create allocated */
   struct worker* workers;
+  struct pool pool; /* of the step that runs, outside of parallel loops */
   int threads;
   int bound;
   atomic_int busy;
@@ -62,11 +70,11 @@ struct mpqc_model {
 _Static_assert(sizeof(struct mpqc_model) <= MPQC_INSTANCE_BYTES, "instance");
 _Static_assert(sizeof(struct worker) <= MPQC_WORKER_BYTES, "worker");
 
-/* The worker that runs in this thread. A library without threads still has instances in several;
- * it must not need __tls_get_addr, and nothing at all where no kernel wants working memory. */
+/* The worker that runs in this thread. A library without threads still has instances in several,
+ * but must not need __tls_get_addr. */
 #ifndef MPQC_NO_THREADS
 static _Thread_local struct worker* self;
-#elif MPQC_WORKSPACE_BYTES
+#else
 static _Thread_local struct worker* self __attribute__((tls_model("initial-exec")));
 #endif
 
@@ -77,27 +85,34 @@ static size_t round_up(size_t bytes) {
 /* ---- hooks of TVM's generated code (weak pointer variables there, these definitions win) ---- */
 
 static void* alloc_workspace(int type, int device, uint64_t bytes, int code, int bits) {
-  (void)type, (void)device, (void)code, (void)bits, (void)bytes;
-#if MPQC_WORKSPACE_BYTES
+  (void)type, (void)device, (void)code, (void)bits;
   struct worker* w = self;
+  if (w == NULL) return NULL;
+  struct pool* p = w->looping ? &w->pool : &w->model->pool;
   size_t size = round_up((size_t)bytes);
-  if (w == NULL || size > MPQC_WORKSPACE_BYTES - w->used) return NULL;
-  void* result = w->workspace + w->used;
-  w->used += size;
-  if (w->used > w->peak) w->peak = w->used;
+  if (size > p->size - p->used) return NULL;
+  void* result = p->start + p->used;
+  p->used += size;
+  if (w->looping && p->used > w->peak) w->peak = p->used;
   return result;
-#else
-  return NULL;
-#endif
 }
 
+/* In reverse order. A kernel may also return without: pools are emptied after tasks and steps. */
 static int free_workspace(int type, int device, void* pointer) {
-  (void)type, (void)device, (void)pointer;
-#if MPQC_WORKSPACE_BYTES
+  (void)type, (void)device;
   struct worker* w = self;
-  if (w != NULL) w->used = (size_t)((uint8_t*)pointer - w->workspace); /* in reverse order */
-#endif
+  if (w == NULL || pointer == NULL) return 0;
+  struct pool* p = w->looping ? &w->pool : &w->model->pool;
+  p->used = (size_t)((uint8_t*)pointer - p->start);
   return 0;
+}
+
+static int run_task(struct worker* w, task_fn task, int id, group_env* env, void* data) {
+  w->looping = 1;
+  int status = task(id, env, data);
+  w->looping = 0;
+  w->pool.used = 0;
+  return status;
 }
 
 static inline void relax(void) {
@@ -130,8 +145,7 @@ static void* work(void* argument) {
     seen++;
     if (atomic_load(&m->stop)) return NULL;
     group_env env = {NULL, m->threads};
-    if (m->task(w->id, &env, m->data)) atomic_store(&m->failed, 1);
-    w->used = 0;
+    if (run_task(w, m->task, w->id, &env, m->data)) atomic_store(&m->failed, 1);
     atomic_fetch_sub_explicit(&m->left, 1, memory_order_release);
   }
 }
@@ -145,8 +159,8 @@ static void release(struct mpqc_model* m) {
 #endif
 
 static int parallel_launch(task_fn task, void* data, int tasks) {
-#ifndef MPQC_NO_THREADS
   struct worker* w = self;
+#ifndef MPQC_NO_THREADS
   struct mpqc_model* m = w != NULL ? w->model : NULL;
   if (m != NULL && m->threads > 1 && w == m->workers && (tasks == 0 || tasks == m->threads)) {
     m->task = task;
@@ -155,7 +169,7 @@ static int parallel_launch(task_fn task, void* data, int tasks) {
     atomic_store(&m->left, m->threads - 1);
     release(m);
     group_env env = {NULL, m->threads};
-    int status = task(0, &env, data);
+    int status = run_task(w, task, 0, &env, data);
     int spins = 0;
     while (atomic_load_explicit(&m->left, memory_order_acquire)) {
       if (++spins < SPINS) relax();
@@ -164,9 +178,10 @@ static int parallel_launch(task_fn task, void* data, int tasks) {
     return status || atomic_load(&m->failed);
   }
 #endif
+  if (w == NULL) return 1;
   group_env env = {NULL, tasks > 0 ? tasks : 1};
   int status = 0;
-  for (int id = 0; id < env.num_task; id++) status |= task(id, &env, data);
+  for (int id = 0; id < env.num_task; id++) status |= run_task(w, task, id, &env, data);
   return status;
 }
 
@@ -290,7 +305,8 @@ int mpqc_create_in(int threads, void* scratch, size_t bytes, mpqc_model** result
   m->threads = threads;
   for (int i = 0; i < threads; i++) {
     m->workers[i].model = m;
-    m->workers[i].workspace = place + round_up(MPQC_WORKSPACE_BYTES) * (size_t)i;
+    m->workers[i].pool.start = place + MPQC_WORKSPACE_BYTES * (size_t)i;
+    m->workers[i].pool.size = MPQC_WORKSPACE_BYTES;
   }
 #ifndef MPQC_NO_THREADS
   if (pthread_mutex_init(&m->lock, NULL)) return MPQC_OUT_OF_MEMORY;
@@ -342,17 +358,12 @@ int mpqc_describe_memory(const mpqc_model* m, mpqc_memory* result) {
 static int enter(mpqc_model* m) {
   int idle = 0;
   if (!atomic_compare_exchange_strong(&m->busy, &idle, 1)) return MPQC_BUSY;
-#if !defined(MPQC_NO_THREADS) || MPQC_WORKSPACE_BYTES
   self = &m->workers[0];
-#endif
   return MPQC_OK;
 }
 
 static int leave(mpqc_model* m, int status) {
-  m->workers[0].used = 0;
-#if !defined(MPQC_NO_THREADS) || MPQC_WORKSPACE_BYTES
   self = NULL;
-#endif
   atomic_store(&m->busy, 0);
   return status;
 }
@@ -373,6 +384,7 @@ static int step(mpqc_model* m, int index) {
   for (int i = 0; i < mpqc_inputs_n && index == 0; i++)
     if (mpqc_inputs[i].bytes)
       memcpy(m->arena + mpqc_input_offsets[i], m->sources[i], mpqc_inputs[i].bytes);
+  m->pool = (struct pool){m->arena + mpqc_workspaces[index][0], mpqc_workspaces[index][1], 0};
   if (mpqc_steps[index](m->arena)) return MPQC_KERNEL_FAILED;
   for (int i = 0; i < mpqc_outputs_n && index == mpqc_steps_n - 1; i++)
     if (mpqc_outputs[i].bytes)
