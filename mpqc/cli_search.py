@@ -22,6 +22,8 @@ from mpqc.cli_options import (
 )
 from mpqc.errors import UsageError
 
+BASELINES = frozenset({"uniform", "random", "reverse"})  # wanted as they are
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
@@ -79,6 +81,13 @@ def search(
     cache: Annotated[
         Path | None, Option("--cache", metavar="DIR", help="For measurements; a folder of yours.")
     ] = None,
+    confirmed: Annotated[
+        bool,
+        Option(
+            "--confirm/--no-confirm",
+            help="With data: compare whole networks, and keep the uniform plan where it is better.",
+        ),
+    ] = True,
     no_cache: Annotated[bool, Option("--no-cache", help="Measure anew, keep nothing.")] = False,
     scores_csv: Annotated[
         Path | None, Option("--scores-csv", metavar="F", help="Write the losses as a table.")
@@ -127,6 +136,7 @@ def search(
             seed=seed,
             cache=None if no_cache else cache or default_cache(),
             progress=bar,
+            confirmed=confirmed and method not in BASELINES,
         )
     if (scores_csv or scores_png) and result.scores is None:
         raise UsageError(f"method {method!r} has no scores to write")

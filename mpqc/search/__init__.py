@@ -1,7 +1,7 @@
 """Bitwidth search: state the problem, run a plugin, say what came of it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mpqc.plan import Plan
 from mpqc.preprocess import Preprocess
 from mpqc.search.base import GROUP, Method, ScoreSearch, Search, load, methods
 from mpqc.search.cache import default_cache
+from mpqc.search.confirm import confirm
 from mpqc.search.constraints import Constraints
 from mpqc.search.make_problem import EIGHT, candidates, make_problem
 from mpqc.search.problem import CostFunction, Problem, Progress, Trainer, quiet
@@ -50,12 +51,15 @@ class SearchResult:
         scores: of the method, where it has any.
         uniform: the widest uniform plan under the same budgets, for comparison; None where
             none fits.
+        noise: of "plan", as the method found it, and of "uniform" at the outputs, where the two
+            were compared (see ``confirm``); the plan with less of it is ``plan``.
     """
 
     plan: Plan
     problem: Problem
     scores: Scores | None
     uniform: Plan | None
+    noise: Mapping[str, float] = field(default_factory=dict)
 
     def widths(self) -> dict[str, Precision]:
         """Precision by layer."""
@@ -86,6 +90,7 @@ def search_plan(
     seed: int = 0,
     cache: str | Path | None = None,
     progress: Progress = quiet,
+    confirmed: bool = False,
 ) -> SearchResult:
     """Search bitwidths for an ONNX model.
 
@@ -106,6 +111,8 @@ def search_plan(
         seed: of all random choices.
         cache: folder for measurements; None measures anew.
         progress: called with what is done, steps done, steps in all.
+        confirmed: with data, compare the whole quantized network with the widest uniform plan that
+            fits, and return the better of the two.
 
     Raises:
         BudgetError: no plan keeps the budgets.
@@ -158,7 +165,11 @@ def search_plan(
         raise PlanError(f"method {name!r} returned {type(plan).__name__}, not a Plan")
     if found := problem.problems(precisions(plan)):
         raise PlanError(f"method {name!r} broke the rules: {'; '.join(found)}")
-    return SearchResult(plan, problem, scores, _uniform(problem))
+    uniform = _uniform(problem)
+    noise = confirm(problem, plan, uniform) if confirmed else {}
+    if uniform is not None and noise and noise["uniform"] < noise["plan"]:
+        plan = uniform
+    return SearchResult(plan, problem, scores, uniform, noise)
 
 
 def batch_for(graph: Graph) -> int:

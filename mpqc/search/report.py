@@ -46,6 +46,7 @@ def to_json(result: SearchResult) -> dict[str, Any]:
             "widths": describe(precisions(result.uniform)),
             "cost": problem.total(precisions(result.uniform)),
         },
+        "noise": dict(result.noise),
         "plan": plan.model_dump(mode="json", exclude_none=True),
     }
 
@@ -93,7 +94,18 @@ def summary(result: SearchResult) -> list[str]:
         costs = ", ".join(f"{name} {show(name, c)}" for name, c in problem.total(uniform).items())
         same = "the same plan" if uniform == widths else costs
         lines.append(f"widest uniform plan that fits: {describe(uniform)}: {same}")
-    return lines
+    return lines + _confirmed(result)
+
+
+def _confirmed(result: SearchResult) -> list[str]:
+    """How the whole networks compare, in plain words."""
+    if not result.noise:
+        return []
+    own, uniform = result.noise["plan"], result.noise["uniform"]
+    figures = f"noise at the outputs {own:.3g} against {uniform:.3g} on calibration data"
+    if uniform < own:
+        return [f"mixed loses to uniform here ({figures}): the uniform plan is what is written"]
+    return [f"mixed wins over uniform ({figures})"]
 
 
 def methods_json(found: dict[str, Method]) -> dict[str, Any]:
