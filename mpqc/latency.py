@@ -11,7 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +105,7 @@ class Entry:
         variant: instruction or form inside the kind.
         tile: register tile as pixels x vectors x lanes.
         seconds_min, seconds_median: of the repetitions.
-        measured: "yes", or "model".
+        measured: "yes", or "model"; a network's promise may rest on points of the model.
         model: first 16 digits of the model's SHA-256; empty for layers, which belong to none.
     """
 
@@ -333,15 +333,19 @@ class LatencyTable:
         """What was measured of a whole model; None when nothing was."""
         rows = [e for e in self.entries if e.geometry is None and e.model == model_sha256[:16]]
         by_kind: dict[str, dict[str, float]] = {}
+        guessed = set()
         for row in rows:
             name = f"w{row.weight_bits}a{row.activation_bits}"
             by_kind.setdefault(row.kernel, {})[name] = row.seconds_min
+            if row.measured == "model":
+                guessed.add(name)
         rest, whole = by_kind.get("rest", {}), by_kind.get("whole", {})
         if not rest:
             return None
         promised = by_kind.get("promise", {})
         checks = {name: (promised[name], whole[name]) for name in promised if name in whole}
-        factor = statistics.median(m / p for p, m in checks.values()) if checks else 1.0
+        sure = {name: pair for name, pair in checks.items() if name not in guessed} or checks
+        factor = statistics.median(m / p for p, m in sure.values()) if sure else 1.0
         return Network(statistics.median(rest.values()), factor, checks, whole.get("w32a32"))
 
 
@@ -390,6 +394,14 @@ class LatencyCost:
             )
         share = self.points[layer.name].geometry.macs / max(self.macs, 1)
         return self.network.float_seconds * share
+
+    def measured(self, widths: Mapping[str, Precision | None]) -> bool:
+        """Whether every quantized layer was measured at these widths."""
+        return all(
+            self.table.seconds(point.geometry, precision, point.epilogue)[1]
+            for name, point in self.points.items()
+            if (precision := widths.get(name)) is not None
+        )
 
     def promise(self, widths: Mapping[str, Precision | None]) -> float:
         """Seconds of the whole network; layers without widths are in float."""
@@ -449,7 +461,9 @@ def versions() -> str:
 _KERNEL_CODE = ("kernels.py", "compute.py", "epilogue.py", "lowering.py", "packing.py")
 
 
+@cache
 def _kernel_digest() -> str:
+    """Of the code as it was when the process first asked: what it has loaded."""
     from mpqc import schedules
 
     folder = Path(__file__).parent

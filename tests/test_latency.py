@@ -339,6 +339,11 @@ def test_the_check_of_whole_networks_corrects_promises() -> None:
     assert network.rest == pytest.approx(2e-6)
     assert network.checks["w8a8"] == (1e-5, 1.2e-5)
     assert made.network("cd" * 32) is None
+    # checks whose promise rests on the model count only where there are no others
+    unsure = [replace(e, measured="model") for e in made.entries if e.weight_bits != 2]
+    again = made.with_entries(unsure).network(SHA)
+    assert again is not None
+    assert again.factor == pytest.approx(0.8)
 
 
 # Geometry and attribution --------------------------------------------------------------------

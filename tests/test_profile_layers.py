@@ -81,7 +81,8 @@ def test_every_layer_is_measured_with_every_kernel(measured: Profile) -> None:
 def test_measured_times_are_plausible(measured: Profile) -> None:
     for entry in measured.table.entries:
         assert 0 <= entry.seconds_min <= entry.seconds_median < 0.1
-        assert entry.measured == "yes"
+        # the ends of the checked network have eight bits, which were not measured
+        assert entry.measured == ("model" if entry.kernel == "promise" else "yes")
     total = sum(
         measured.table.seconds(point.geometry, Precision(4, 4), point.epilogue)[0]
         for point in measured.points.values()
