@@ -78,6 +78,13 @@ class Plan(_Section):
     tensors: dict[str, TensorPlan] = {}
     search: SearchRecord | None = None
 
+    @property
+    def narrow(self) -> bool:
+        """Whether any layer has less than eight bits."""
+        return any(
+            min(layer.activation_bits, *layer.channel_bits(1)) < 8 for layer in self.layers.values()
+        )
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read plan.json.

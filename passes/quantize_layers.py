@@ -18,6 +18,7 @@ from mpqc.quantizers import (
     conv_shift,
     quantize_weights,
 )
+from mpqc.rounding import RoundedLayer
 
 ACCUMULATOR = 2**31  # int32
 
@@ -55,6 +56,7 @@ class QuantizeLayers(Pass):
     calibration: Calibration
     method: Method = "mse"
     correct_bias: bool = True
+    rounded: Mapping[str, RoundedLayer] = field(default_factory=dict)
 
     def requires(self, graph: Graph) -> None:
         self.plan.check(graph, None)
@@ -72,18 +74,23 @@ class QuantizeLayers(Pass):
                 writer.keep(node, narrowed)
                 continue
             layer = layers[node.name]
-            exact = weight_matrix(graph, node)
-            weights = quantize_weights(exact, planned.weight_bits, 0 if node.op == "Conv" else 1)
-            bias = bias_vector(graph, node)
-            if bias is None:
-                bias = np.zeros(layer.channels_out, np.float32)
-            if self.correct_bias:
-                means = self.calibration.mean(layer.input)
-                bias = (bias - _mean_shift(layer, exact, weights, means)).astype(np.float32)
-            rule = self.calibration.quantizer(layer.input, planned.activation_bits, self.method)
-            _check_accumulator(layer, weights, rule)
-            writer.layer(node, layer, weights, bias, rule, narrowed)
+            made = self.rounded.get(node.name) or self._nearest(graph, layer)
+            _check_accumulator(layer, made.weights, made.rule)
+            writer.layer(node, layer, made, narrowed)
         return writer.graph()
+
+    def _nearest(self, graph: Graph, layer: Layer) -> RoundedLayer:
+        node, planned = graph[layer.name], self.plan.layers[layer.name]
+        exact = weight_matrix(graph, node)
+        weights = quantize_weights(exact, planned.weight_bits, 0 if node.op == "Conv" else 1)
+        bias = bias_vector(graph, node)
+        if bias is None:
+            bias = np.zeros(layer.channels_out, np.float32)
+        if self.correct_bias:
+            means = self.calibration.mean(layer.input)
+            bias = (bias - _mean_shift(layer, exact, weights, means)).astype(np.float32)
+        rule = self.calibration.quantizer(layer.input, planned.activation_bits, self.method)
+        return RoundedLayer(weights, bias, rule)
 
 
 def _mean_shift(layer: Layer, exact: Array, weights: QuantizedWeights, means: Array) -> Array:
@@ -143,11 +150,10 @@ class _Writer:
         self,
         node: Node,
         layer: Layer,
-        weights: QuantizedWeights,
-        bias: Array,
-        rule: ActivationQuantizer,
+        made: RoundedLayer,
         narrowed: Mapping[str, str],
     ) -> None:
+        weights, rule = made.weights, made.rule
         data = layer.input
         if data in narrowed and (data, rule.bits) not in self.codes:
             data = narrowed[data]
@@ -160,7 +166,7 @@ class _Writer:
         self.constants |= {
             values: weights.values,
             m: np.float32(rule.scale) * weights.scale,
-            b: np.array(bias),
+            b: np.array(made.bias),
         }
         self.types[acc] = TensorType("int32", shape)
         attrs: dict[str, Attribute] = dict(node.attrs) if convolution else {}
