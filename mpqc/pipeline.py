@@ -29,6 +29,7 @@ from mpqc.passes.base import Callback, run
 from mpqc.passes.channels_last import ChannelsLast
 from mpqc.passes.commute_quantize import CommuteQuantize
 from mpqc.passes.drop_dead import DropDead
+from mpqc.passes.equalize_layers import EqualizeLayers
 from mpqc.passes.estimate_cost import estimate_cost
 from mpqc.passes.find_layers import find_float_layers, find_layers
 from mpqc.passes.fold_batch_norm import FoldBatchNorm
@@ -36,8 +37,10 @@ from mpqc.passes.fold_bias import FoldBias
 from mpqc.passes.fold_pad import FoldPad
 from mpqc.passes.fuse_requantize import FuseRequantize
 from mpqc.passes.quantize_layers import QuantizeLayers, tensors_to_calibrate
+from mpqc.passes.round_layers import LayerProgress, round_layers
 from mpqc.plan import Plan
 from mpqc.program import LayerRecord, MemoryPlan, Program, plan_memory
+from mpqc.rounding import Accuracy, RoundedLayer
 from mpqc.target import Target
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ class Options:
         strict: a layer that does not run as planned is an error.
         latencies: table by which kernels are chosen: a file of ``mpqc profile``, what the user's
             cache holds for the target (if anything), or None: the model of its instructions.
+        accuracy: what is done for accuracy below eight bits.
     """
 
     target: Target
@@ -69,6 +73,7 @@ class Options:
     seed: int = 0
     strict: bool = False
     latencies: Path | Literal["cache"] | None = "cache"
+    accuracy: Accuracy = Accuracy()  # noqa: RUF009 - frozen
 
 
 def import_model(
@@ -100,17 +105,51 @@ def calibrate_plan(
     )
 
 
+def equalize(
+    graph: Graph, plan: Plan, accuracy: Accuracy, callback: Callback | None = None
+) -> Graph:
+    """The same float function, whose channels suit common scales better."""
+    if not plan.narrow or accuracy.equalize == "off":
+        return graph
+    return run(graph, EqualizeLayers(accuracy.equalize == "on"), callback=callback)
+
+
+def round_plan(
+    graph: Graph,
+    plan: Plan,
+    calibration: Calibration,
+    data: Data | None,
+    options: Options,
+    progress: LayerProgress | None = None,
+) -> Mapping[str, RoundedLayer]:
+    """What layers compute with, where that is more than rounding to nearest."""
+    if data is None or not plan.narrow or not options.accuracy.reads_data:
+        return {}
+    return round_layers(
+        graph,
+        plan,
+        calibration,
+        data.sample(options.max_samples, options.seed),
+        options.accuracy,
+        method=options.method,
+        seed=options.seed,
+        progress=progress,
+    )
+
+
 def quantize(
     graph: Graph,
     plan: Plan,
     calibration: Calibration,
     method: Method = "mse",
     callback: Callback | None = None,
+    rounded: Mapping[str, RoundedLayer] | None = None,
+    correct_bias: bool = True,
 ) -> Graph:
     """Float graph and plan to the exact integer graph that everything after computes."""
     return run(
         graph,
-        QuantizeLayers(plan, calibration, method),
+        QuantizeLayers(plan, calibration, method, correct_bias, rounded or {}),
         FoldBias(),
         CommuteQuantize(),
         FuseRequantize(),
@@ -166,6 +205,7 @@ def compile_model(
     overwrite: bool = False,
     progress: Progress = lambda _: None,
     calibration_progress: Callable[[int, int | None], None] | None = None,
+    rounding_progress: LayerProgress | None = None,
     callback: Callback | None = None,
 ) -> Artifact:
     """Compile an ONNX model into an artifact folder.
@@ -185,6 +225,7 @@ def compile_model(
         overwrite: replace an artifact at ``output``.
         progress: called with each phase's name.
         calibration_progress: called with the samples done and in all (None: unknown).
+        rounding_progress: called with a layer's name, the layers done and in all.
         callback: called with each pass and the graph that it left.
 
     Raises:
@@ -203,10 +244,14 @@ def compile_model(
         _selector(plan, options)  # a kernel that does not exist is said before the work
         _refuse_unknown(graph)
         clock("calibrate")
+        graph = equalize(graph, plan, options.accuracy, callback)
         opened = data(graph) if callable(data) else data
         calibration = calibrate_plan(graph, plan, opened, options, calibration_progress)
+        clock("round")
+        rounded = round_plan(graph, plan, calibration, opened, options, rounding_progress)
         clock("quantize")
-        quantized = quantize(graph, plan, calibration, options.method, callback)
+        correct = options.accuracy.bias_correction
+        quantized = quantize(graph, plan, calibration, options.method, callback, rounded, correct)
         (folder / REFERENCE).write_bytes(to_onnx(quantized))
         clock("lower")
         program = lower(quantized, plan, options, callback)
@@ -296,7 +341,7 @@ def _manifest(
         "taps": _taps(program, memory),
         "memory": {"arena": memory.size, "lower_bound": memory.lower_bound},
         "calibration": {"method": options.method, "max_samples": options.max_samples,
-                        "seed": options.seed},
+                        "seed": options.seed, "accuracy": asdict(options.accuracy)},
         "versions": versions(),
     }  # fmt: skip
 

@@ -39,9 +39,9 @@ def test_every_build_is_verified_and_the_table_makes_sense(result: DemoResult) -
     assert builds["float"].agreement == 1
     assert builds["w8a8"].accuracy > 0.98
     assert abs(builds["w4a4"].accuracy - builds["float"].accuracy) < 0.02
-    # mixing pays: nearly the bytes of two bits, nearly the accuracy of four
+    # compensated rounding makes all builds accurate; mixing lies between in bytes
     assert builds["w2a2"].size < builds["mixed"].size < 0.7 * builds["w4a4"].size
-    assert builds["mixed"].accuracy > builds["w2a2"].accuracy + 0.1
+    assert builds["w2a2"].accuracy > 0.95
     assert builds["mixed"].accuracy > 0.97
     assert builds["mixed"].bitops < builds["w4a4"].bitops
     assert result.seconds < 60
