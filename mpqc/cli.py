@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mpqc import console, tables
+from mpqc import cli_compare, cli_profile, cli_search, console, tables
 from mpqc.cli_options import (
     VERBOSE,
     ArtifactPath,
@@ -22,9 +22,12 @@ from mpqc.cli_options import (
     Overwrite,
     PreprocessOption,
     Seed,
+    SshHost,
     TargetOption,
     Threads,
+    Timeout,
     Verbose,
+    board_or_here,
     parse_dims,
 )
 from mpqc.errors import CheckFailed, MpqcError, UsageError
@@ -98,6 +101,10 @@ def compile_(
         str,
         Option("--first-last", metavar="same|w8a8", help="Width of the first and last layers."),
     ] = "w8a8",
+    residual_bits: Annotated[
+        int | None,
+        Option("--residual-bits", min=1, max=8, help="Width of residual streams [default: float]."),
+    ] = None,
     data: DataOption = None,
     preprocess: PreprocessOption = None,
     target: TargetOption = "native",
@@ -105,6 +112,19 @@ def compile_(
         str,
         Option("--kernel", metavar="KIND", help="Force bitplane, bitplane-lut or int8 kernels."),
     ] = "auto",
+    static: Annotated[bool, Option("--static", help="Also a static library, model.a.")] = False,
+    prefix: Annotated[
+        str,
+        Option("--prefix", metavar="NAME", help="Of its functions: several models, one program."),
+    ] = "mpqc",
+    bare: Annotated[
+        bool,
+        Option("--bare", help="A library without threads and heap: the caller gives the memory."),
+    ] = False,
+    ready_weights: Annotated[
+        bool,
+        Option("--ready-weights", help="Larger file, but no weights in writable memory."),
+    ] = False,
     dim: Dim = None,
     batch: Batch = 1,
     calibration: Annotated[
@@ -114,6 +134,22 @@ def compile_(
     max_samples: Annotated[
         int, Option("--max-samples", min=1, help="Of calibration data, drawn by --seed.")
     ] = 256,
+    rounding: Annotated[
+        Literal["gptq", "nearest"],
+        Option("--rounding", help="Below 8 bits: compensate rounding errors on the data, or not."),
+    ] = "gptq",
+    clipping: Annotated[
+        Literal["output", "mse"],
+        Option("--clipping", help="Below 8 bits: clip by the layers' outputs, or by the values."),
+    ] = "output",
+    bias_correction: Annotated[
+        bool,
+        Option("--bias-correction/--no-bias-correction", help="Keep the mean of each channel."),
+    ] = True,
+    equalize: Annotated[
+        Literal["auto", "on", "off"],
+        Option("--equalize", help="Move scale between channels of neighbouring layers."),
+    ] = "auto",
     strict: Annotated[
         bool, Option("--strict", help="A layer that does not run as planned is an error.")
     ] = False,
@@ -136,12 +172,24 @@ def compile_(
     from mpqc.data import open_data
     from mpqc.debug_dump import DebugDump
     from mpqc.graph import Precision
+    from mpqc.model_source import Form
     from mpqc.pipeline import Options, compile_model
     from mpqc.plan import Plan
+    from mpqc.rounding import Accuracy
     from mpqc.target import find_target
 
     check_output(output, overwrite)
-    options = Options(find_target(target), kernel, calibration, max_samples, seed, strict)
+    form = Form(static, prefix, bare, ready_weights)
+    options = Options(
+        find_target(target),
+        kernel,
+        calibration,
+        max_samples,
+        seed,
+        strict,
+        form,
+        accuracy=Accuracy(rounding, bias_correction, clipping, equalize),
+    )
     widths = None if bits is None else Precision.parse(bits)
     ends = None if first_last == "same" else Precision.parse(first_last)
     loaded = None if plan is None else Plan.load(plan)
@@ -156,6 +204,7 @@ def compile_(
             plan=loaded,
             bits=widths,
             ends=ends,
+            residual_bits=residual_bits,
             data=None if data is None else lambda graph: open_data(data, graph, preprocess),
             dims=dims,
             batch=batch,
@@ -163,6 +212,7 @@ def compile_(
             overwrite=overwrite,
             progress=phases,
             calibration_progress=phases.count,
+            rounding_progress=phases.layer,
             callback=None if debug_dump is None else DebugDump(debug_dump, overwrite),
         )
     result = {"artifact": str(output), "manifest": artifact.manifest, "report": artifact.report}
@@ -208,6 +258,8 @@ def verify(
     ] = False,
     max_samples: Annotated[int, Option("--max-samples", min=1, help="Compare so many.")] = 16,
     model: FloatModel = None,
+    ssh: SshHost = None,
+    timeout: Timeout = 600.0,
     as_json: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -220,7 +272,7 @@ def verify(
 
     opened = Artifact.open(artifact)
     samples = None if data is None else open_data(data, input_graph(opened), preprocess)
-    with console.Phases(verbose) as phases:
+    with console.Phases(verbose) as phases, board_or_here(ssh, opened, timeout) as board:
         phases("verify")
         result = verify_artifact(
             opened,
@@ -229,6 +281,7 @@ def verify(
             max_samples=max_samples,
             model=model,
             seed=seed,
+            board=board,
             progress=phases.count,
         )
     console.show(result.to_json(), as_json, lambda: tables.verify_table(result))
@@ -249,6 +302,8 @@ def bench(
     data: DataOption = None,
     preprocess: PreprocessOption = None,
     model: FloatModel = None,
+    ssh: SshHost = None,
+    timeout: Timeout = 600.0,
     as_json: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -260,6 +315,20 @@ def bench(
     from mpqc.verify import input_graph
 
     opened = Artifact.open(artifact)
+    if ssh is not None:
+        from mpqc.boards.bench import bench_board
+
+        if against not in ("ort-fp32", "none", "") or data is not None:
+            raise UsageError("--ssh measures the artifact alone: no --against, no --data")
+        with (
+            console.Phases(verbose) as phases,
+            board_or_here(ssh, opened, timeout, threads) as board,
+        ):
+            phases("measure")
+            assert board is not None
+            remote = bench_board(opened, board, repeat, per_layer)
+        console.show(remote.to_json(), as_json, lambda: tables.bench_table(remote))
+        return
     samples = None if data is None else open_data(data, input_graph(opened), preprocess)
     opponents = [name.strip() for name in against.split(",") if name.strip() not in ("", "none")]
     with console.Phases(verbose) as phases:
@@ -360,6 +429,10 @@ def demo(
     console.show(result.to_json(), as_json, lambda: tables.demo_table(result))
     if not result.passed:
         raise CheckFailed("a build does not compute what its reference says")
+
+
+for verbs in (cli_search, cli_profile, cli_compare):
+    verbs.register(app)
 
 
 def main() -> NoReturn:

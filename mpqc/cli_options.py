@@ -1,11 +1,17 @@
 """Options that several verbs share, so that they read and mean the same in each."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpqc.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpqc.artifact import Artifact
+    from mpqc.boards.board import Board
 
 VERBOSE = "mpqc.verbose"  # where the context remembers -v, for messages about errors
 
@@ -48,6 +54,28 @@ Dim = Annotated[
 ]
 Batch = Annotated[int, Option("--batch", min=1, help="Samples of one run.")]
 Threads = Annotated[int, Option("--threads", min=1, help="Of every run.")]
+
+SshHost = Annotated[
+    str | None,
+    Option("--ssh", metavar="USER@HOST", help="Run on this board; the artifact is for it."),
+]
+Timeout = Annotated[
+    float, Option("--timeout", min=1, help="Seconds that a command on the board may take.")
+]
+
+
+@contextlib.contextmanager
+def board_or_here(
+    host: str | None, artifact: "Artifact", timeout: float, threads: int = 1
+) -> "Iterator[Board | None]":
+    """The board that --ssh names; None without."""
+    if host is None:
+        yield None
+        return
+    from mpqc.boards.board import Board, target_of
+
+    with Board(host, target_of(artifact), threads, timeout) as board:
+        yield board
 
 
 def parse_dims(pairs: list[str] | None) -> dict[str, int]:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 WIDTH = 110  # columns where no terminal says how many: pipes, files, the README
@@ -80,6 +81,11 @@ class Phases:
         """Say how far the phase is, in samples of so many (None: unknown)."""
         of = "" if samples is None else f" of {samples}"
         self._progress.update(self._task, description=f"{self._name}: {done}{of} samples")
+
+    def layer(self, name: str, done: int, total: int) -> None:
+        """Say how far the phase is, in layers."""
+        text = f"{self._name}: {done} of {total} layers, {name}"
+        self._progress.update(self._task, description=escape(text))
 
     def _end(self) -> None:
         if self._verbose and self._name:

@@ -1,4 +1,4 @@
-"""``mpqc demo``: compile the embedded model at several widths, verify, and compare.
+"""``mpqc demo``: search and compile the embedded model at several widths, verify, and compare.
 
 The folder that it leaves holds the model and its data too, for first steps of one's own.
 """
@@ -6,7 +6,7 @@ The folder that it leaves holds the model and its data too, for first steps of o
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from mpqc import demo, importer
 from mpqc.artifact import Artifact, new_folder, write_json
 from mpqc.data import Data, open_data
-from mpqc.errors import DataError
+from mpqc.errors import DataError, EnvironmentLacks
 from mpqc.graph import Array, Graph, Precision
 from mpqc.ort import Session
 from mpqc.passes.estimate_cost import estimate_cost
@@ -30,6 +30,8 @@ RESULT = "demo.json"  # also tells the demo's own folder from others
 VERIFIED_SAMPLES = 64
 REPEAT = 300  # runs of each contestant; one takes some ten microseconds
 UNIFORM = ("w8a8", "w4a4", "w2a2")
+PLOT = "demo.png"
+BUDGET = "bitops=w3a3"  # of the searched plan
 # By hand: the ends and the depthwise layer hold 4 % of the weights, so that eight bits cost little
 # there; all other activations keep four bits, their weights two or three.
 MIXED = {
@@ -78,6 +80,7 @@ class DemoResult:
     samples: int
     builds: tuple[DemoBuild, ...]
     seconds: float
+    plotted: bool = False
 
     @property
     def passed(self) -> bool:
@@ -119,7 +122,10 @@ def run_demo(
         graph = import_model(files.model)
         plans = demo_plans(graph, importer.sha256(files.model))
         data = open_data(files.test, graph)
-        plans["mixed"].save(folder / "mixed.json")
+        progress("search")
+        plans["searched"] = searched_plan(files, seed)
+        for name in ("mixed", "searched"):
+            plans[name].save(folder / f"{name}.json")
         artifacts: dict[str, Artifact] = {}
         spent: dict[str, float] = {}
         for name, plan in plans.items():
@@ -159,7 +165,48 @@ def run_demo(
         )
         result = DemoResult(output, len(data), builds, round(time.perf_counter() - start, 2))
         write_json(folder / RESULT, result.to_json())
-    return result
+        plotted = _plot(result, folder / PLOT)
+    return replace(result, plotted=plotted)
+
+
+def searched_plan(files: demo.DemoFiles, seed: int) -> Plan:
+    """The widths that measured sensitivities buy for the BitOPs of the uniform three-bit build."""
+    from mpqc.search import search_plan
+
+    return search_plan(
+        files.model,
+        method="sensitivity",
+        budgets=BUDGET,
+        data=files.calibration,
+        widths=(2, 3, 4, 6, 8),
+        seed=seed,
+        confirmed=True,
+    ).plan
+
+
+def _plot(result: DemoResult, path: Path) -> bool:
+    """Accuracy against size, BitOPs and latency, where matplotlib is installed."""
+    from mpqc.plot import pareto_plot
+    from mpqc.verdict import Build
+
+    roles = {"float": "opponent", "mixed": "plan", "searched": "plan"}
+    builds = [
+        Build(
+            build.name,
+            roles.get(build.name, "uniform"),  # type: ignore[arg-type]
+            accuracy=build.accuracy,
+            agreement=build.agreement,
+            size=build.size if build.folder else None,
+            bitops=build.bitops if build.folder else None,
+            latency=build.seconds,
+        )
+        for build in result.builds
+    ]
+    try:
+        pareto_plot(builds, "digits: uniform and mixed builds", path)
+    except EnvironmentLacks:
+        return False
+    return True
 
 
 def demo_plans(graph: Graph, sha256: str) -> dict[str, Plan]:

@@ -24,6 +24,7 @@ from mpqc.data import Data
 from mpqc.errors import ModelError, UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.histogram import Method
+from mpqc.model_source import Form
 from mpqc.onnx_export import to_onnx
 from mpqc.passes.base import Callback, run
 from mpqc.passes.channels_last import ChannelsLast
@@ -31,13 +32,14 @@ from mpqc.passes.commute_quantize import CommuteQuantize
 from mpqc.passes.drop_dead import DropDead
 from mpqc.passes.equalize_layers import EqualizeLayers
 from mpqc.passes.estimate_cost import estimate_cost
-from mpqc.passes.find_layers import find_float_layers, find_layers
+from mpqc.passes.find_layers import find_float_layers, find_layers, shared_tensors
 from mpqc.passes.fold_batch_norm import FoldBatchNorm
 from mpqc.passes.fold_bias import FoldBias
 from mpqc.passes.fold_pad import FoldPad
 from mpqc.passes.fuse_requantize import FuseRequantize
 from mpqc.passes.quantize_layers import QuantizeLayers, tensors_to_calibrate
 from mpqc.passes.round_layers import LayerProgress, round_layers
+from mpqc.passes.split_dequantize import SplitDequantize
 from mpqc.plan import Plan
 from mpqc.program import LayerRecord, MemoryPlan, Program, plan_memory
 from mpqc.rounding import Accuracy, RoundedLayer
@@ -61,6 +63,7 @@ class Options:
         max_samples: of calibration data.
         seed: of the calibration sample.
         strict: a layer that does not run as planned is an error.
+        form: kind of library: static too, with threads or bare.
         latencies: table by which kernels are chosen: a file of ``mpqc profile``, what the user's
             cache holds for the target (if anything), or None: the model of its instructions.
         accuracy: what is done for accuracy below eight bits.
@@ -72,6 +75,7 @@ class Options:
     max_samples: int | None = 256
     seed: int = 0
     strict: bool = False
+    form: Form = Form()  # noqa: RUF009 - frozen
     latencies: Path | Literal["cache"] | None = "cache"
     accuracy: Accuracy = Accuracy()  # noqa: RUF009 - frozen
 
@@ -170,7 +174,7 @@ def lower(
 
 def channels_last(quantized: Graph, callback: Callback | None = None) -> Graph:
     """Integer graph in the layout that lowering takes."""
-    return run(quantized, ChannelsLast(), DropDead(), callback=callback)
+    return run(quantized, ChannelsLast(), SplitDequantize(), DropDead(), callback=callback)
 
 
 def _selector(plan: Plan | None, options: Options) -> "Selector":
@@ -199,6 +203,7 @@ def compile_model(
     bits: Precision | None = None,
     ends: Precision | None = Precision(8, 8),  # noqa: B008 - frozen
     data: Data | Callable[[Graph], Data] | None = None,
+    residual_bits: int | None = None,
     dims: Mapping[str, int] | None = None,
     batch: int = 1,
     force: bool = False,
@@ -219,6 +224,8 @@ def compile_model(
         ends: None gives them the body's width.
         data: calibration data, or what opens them for the imported graph; needed when something
             is quantized.
+        residual_bits: width of the float values that layers and other operators share; None
+            keeps them float32, or as the plan says.
         dims: values of symbolic dimensions.
         batch: size of the batch dimension.
         force: accept a plan of another model where the names fit.
@@ -240,6 +247,8 @@ def compile_model(
             plan = Plan.of(graph, {}, model_sha256=sha256)
             if bits is not None:
                 plan = Plan.uniform(graph, bits, ends, model_sha256=sha256)
+        if residual_bits is not None:
+            plan = plan.with_tensors(shared_tensors(graph, plan.layers), residual_bits)
         plan.check(graph, sha256, force)
         _selector(plan, options)  # a kernel that does not exist is said before the work
         _refuse_unknown(graph)
@@ -262,7 +271,7 @@ def compile_model(
 
         memory = plan_memory(program)
         manifest = _manifest(Path(model), sha256, graph, program, memory, layers, options)
-        built = build(program, memory, options.target, manifest, folder / LIBRARY)
+        built = build(program, memory, options.target, manifest, folder / LIBRARY, options.form)
         clock("done")
         write_json(folder / MANIFEST, manifest)
         plan.save(folder / PLAN)
@@ -275,7 +284,8 @@ def compile_model(
             "cost": {"bitops": cost.bitops, "size": cost.size, "scale_bytes": cost.scale_bytes,
                      "bias_bytes": cost.bias_bytes},
             "bytes": {"library": built.library.stat().st_size, "weights": built.weight_bytes,
-                      "arena": memory.size, "arena_lower_bound": memory.lower_bound},
+                      "arena": memory.size, "arena_lower_bound": memory.lower_bound,
+                      "scratch": built.scratch_bytes, "shared": built.shared_bytes},
             "seconds": clock.seconds,
         })  # fmt: skip
     return Artifact(Path(output))

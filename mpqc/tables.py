@@ -245,6 +245,7 @@ def demo_table(result: "DemoResult") -> RenderableType:
             f"artifacts in {_inside(result.folder)}: "
             f"{', '.join(f'{b.folder}/' for b in result.builds if b.folder)}; model and data "
             f"beside them; {result.seconds:.0f} s in all",
+            *([f"plot in {_inside(result.folder)}demo.png"] if result.plotted else []),
         ),
     )
 

@@ -7,12 +7,13 @@ it rounded its last place differently: then the part of the reference that compu
 run on what the *compiled* model had there. Integer kernels must agree exactly on their own inputs.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -21,7 +22,10 @@ from mpqc.data import Data
 from mpqc.errors import ArtifactError, MpqcError, UsageError
 from mpqc.graph import Array, Graph, TensorType
 from mpqc.packing import bytes_to_codes
-from mpqc.runtime import CompiledModel, Stepper
+from mpqc.runtime import CompiledModel, Model, Steps
+
+if TYPE_CHECKING:
+    from mpqc.boards.board import Board
 
 TOLERANCE = 1e-3  # of the largest magnitude, where float operators take part
 
@@ -119,11 +123,6 @@ class Verification:
         if not self.passed:
             first = (wrong or list(self.outputs))[0]
             place = f"{first.value} ({first.layer}): {first.verdict}"
-            if self.layers and not any(row.status == "wrong" for row in self.layers):
-                return (
-                    f"FAILED: {place} {where}; every step alone is right on its own inputs: float "
-                    f"rounding changed codes on the way, by more than {TOLERANCE:g} at the output"
-                )
             return f"FAILED: {len(wrong)} of {len(self.rows)} values wrong {where}; first: {place}"
         if all(row.status == "exact" for row in self.outputs):
             text = f"{outputs} equal to reference.onnx bit for bit {where}"
@@ -133,6 +132,11 @@ class Verification:
                 f"{outputs} within {TOLERANCE:g} of reference.onnx {where} (largest relative "
                 f"difference {worst:.2g}, from float operators)"
             )
+            if worst > TOLERANCE:
+                text = (
+                    f"every step is right on its own inputs {where}; {outputs} {worst:.2g} from "
+                    "reference.onnx, because the last places of float operators changed codes"
+                )
         return f"passed: {text}{self._inside()}"
 
     def _inside(self) -> str:
@@ -182,17 +186,19 @@ def verify(
     max_samples: int = 16,
     model: Path | None = None,
     seed: int = 0,
+    board: "Board | None" = None,
     progress: Callable[[int], None] | None = None,
 ) -> Verification:
     """Compare an artifact with its reference, and with the float model where that is at hand.
 
     Args:
-        artifact: built for this machine.
+        artifact: built for this machine, or for the board.
         data: inputs; without, random ones in the range that the input's quantizer covers.
         layers: compare every value inside too; done anyway when outputs differ.
         max_samples: at most so many.
         model: the float model; by default the one that was compiled, if it is unchanged.
         seed: of random inputs and of the choice of samples.
+        board: where the compiled model runs; by default here.
         progress: called with the number of samples done.
 
     Raises:
@@ -202,7 +208,12 @@ def verify(
     if max_samples < 1:
         raise UsageError(f"at least one sample is needed, got {max_samples}")
     reference = artifact.reference.read_bytes()
-    with CompiledModel(artifact.library) as compiled:
+    with contextlib.ExitStack() as stack:
+        compiled: Model
+        if board is None:
+            compiled = stack.enter_context(CompiledModel(artifact.library))
+        else:
+            compiled = board.load(artifact)
         samples = _Samples.open(compiled, reference, data, max_samples, seed)
         float_model, note = _float_model(artifact, model)
         comparison = _Comparison(compiled, reference)
@@ -225,6 +236,8 @@ def verify(
             for feed, _ in samples.feeds():
                 _merge(inside, comparison.inner_values(feed))
         passed = _passes(outputs.values(), inside.values(), compiled.manifest)
+        if passed:  # what is left of a difference came from float operators
+            outputs = {n: replace(r, status=_floated(r.status)) for n, r in outputs.items()}
         result = agreement.result() if agreement is not None else None
     return Verification(
         passed,
@@ -266,11 +279,22 @@ def agree(
     return agreeing.result()
 
 
+def _floated(status: Status) -> Status:
+    return "float" if status == "wrong" else status
+
+
 def _passes(outputs: Any, inside: Any, manifest: Mapping[str, Any]) -> bool:
-    if any(row.status == "wrong" for row in (*outputs, *inside)):
+    """Equal outputs; or, behind float operators, every single step right on its own inputs.
+
+    A float operator may round differently in the last place than ONNX Runtime's, and a quantizer
+    behind it may turn that into another code: the outputs drift, though no step is wrong.
+    """
+    if any(row.status == "wrong" for row in inside):
         return False
+    if all(row.status == "exact" for row in outputs):
+        return True
     has_floats = any(step["kind"] == "float" for step in manifest["steps"])
-    return has_floats or all(row.status == "exact" for row in outputs)
+    return has_floats and bool(inside)
 
 
 def _merge(rows: dict[str, Row], found: Sequence[Row]) -> None:
@@ -298,7 +322,7 @@ class _Samples:
 
     @classmethod
     def open(
-        cls, model: CompiledModel, reference: bytes, data: Data | None, most: int, seed: int
+        cls, model: Model, reference: bytes, data: Data | None, most: int, seed: int
     ) -> "_Samples":
         if data is None:
             batches = [kind.shape[0] for kind in model.inputs.values() if kind.shape]
@@ -396,7 +420,7 @@ def _compare_outputs(got: Mapping[str, Array], expected: Mapping[str, Array]) ->
 class _Comparison:
     """The compiled model's inner values beside the reference's."""
 
-    compiled: CompiledModel
+    compiled: Model
     reference: bytes
     parts: dict[str, tuple[Any, bool]] = field(default_factory=dict)
 
@@ -499,7 +523,7 @@ class _Comparison:
         return self.parts[name]
 
 
-def read_tap(stepper: Stepper, tap: Mapping[str, Any]) -> Array:
+def read_tap(stepper: Steps, tap: Mapping[str, Any]) -> Array:
     """A value inside the compiled model, as the graph has it; valid right after its step.
 
     Args:

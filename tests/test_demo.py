@@ -16,7 +16,7 @@ from docs.update_readme import README, support_table
 from mpqc.cli import app
 from mpqc.demo_run import MIXED, DemoResult, run_demo
 
-NAMES = ["float", "w8a8", "w4a4", "w2a2", "mixed"]
+NAMES = ["float", "w8a8", "w4a4", "w2a2", "mixed", "searched"]
 
 
 def block(name: str) -> str:
@@ -35,7 +35,7 @@ def test_every_build_is_verified_and_the_table_makes_sense(result: DemoResult) -
     assert result.passed
     assert [build.name for build in result.builds] == NAMES
     builds = {build.name: build for build in result.builds}
-    assert [builds[name].verified for name in NAMES] == [None, True, True, True, True]
+    assert [builds[name].verified for name in NAMES] == [None, True, True, True, True, True]
     assert builds["float"].agreement == 1
     assert builds["w8a8"].accuracy > 0.98
     assert abs(builds["w4a4"].accuracy - builds["float"].accuracy) < 0.02
@@ -51,6 +51,7 @@ def test_the_folder_holds_what_the_table_says(result: DemoResult) -> None:
     folder = result.folder
     assert json.loads((folder / "demo.json").read_text()) == result.to_json()
     names = {"digits.onnx", "calibration.npz", "test.npz", "mixed.json", "demo.json"}
+    names |= {"searched.json", "demo.png"}
     assert set(os.listdir(folder)) == names | set(NAMES[1:])
     plan = mpqc.Plan.load(folder / "mixed.json")
     widths = {n: f"w{la.weight_bits}a{la.activation_bits}" for n, la in plan.layers.items()}
@@ -71,7 +72,7 @@ def test_again_replaces_its_own_folder_and_no_other(
         shown = CliRunner().invoke(app, ["demo", "--json"])
         assert shown.exit_code == 0, shown.output
         told = json.loads(shown.stdout)
-        assert [build["name"] for build in told["builds"]] == ["float", "w4a4", "mixed"]
+        assert [build["name"] for build in told["builds"]] == ["float", "w4a4", "mixed", "searched"]
         (tmp_path / "mpqc-demo/stale.txt").write_text("of the first run")
     assert os.listdir(tmp_path) == ["mpqc-demo"]
     foreign = tmp_path / "foreign"

@@ -23,6 +23,7 @@ from mpqc.verify import (
     TOLERANCE,
     Row,
     Verification,
+    _passes,
     input_graph,
     random_feeds,
     read_tap,
@@ -139,11 +140,23 @@ def result_of(*rows: Row, passed: bool = True) -> Verification:
 
 def test_a_difference_that_no_step_made_is_told_apart() -> None:
     step = Row("q", "quantize", "elementwise", "exact on own inputs", 0.0, 3.0)
+    drifted = Verification(True, (Row("y", "output", "", "float", 0.5, 1.0),), (step,), 2, "x")
+    assert drifted.message.startswith("passed: every step is right on its own inputs")
+    assert "0.5 from reference.onnx" in drifted.message
     output = Row("y", "output", "", "wrong", 0.5, 1.0)
-    apart = Verification(False, (output,), (step,), 2, "the data")
-    assert "every step alone is right on its own inputs" in apart.message
     made = Verification(False, (output,), (Row("q", "conv", "int8", "wrong", 1.0, 3.0),), 2, "x")
     assert "first: q (conv): WRONG, max diff 1 of 3" in made.message
+
+
+def test_drift_passes_only_behind_float_operators_and_with_every_step_right() -> None:
+    output = Row("y", "output", "", "wrong", 0.5, 1.0)
+    right = Row("q", "conv", "int8", "exact on own inputs")
+    wrong = Row("q", "conv", "int8", "wrong", 1.0, 3.0)
+    floats, integers = {"steps": [{"kind": "float"}]}, {"steps": [{"kind": "int8"}]}
+    assert _passes([output], [right], floats)
+    assert not _passes([output], [right], integers)
+    assert not _passes([output], [wrong], floats)
+    assert not _passes([output], [], floats)
 
 
 def test_rows_merge_to_the_worst_sample() -> None:
