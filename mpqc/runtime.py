@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -165,6 +165,42 @@ def _check_instructions(path: Path, target: Mapping[str, Any]) -> None:
             f"{path} was built for {target.get('name')} and needs {', '.join(sorted(lacking))}, "
             "which this machine lacks: compile it with --target native"
         )
+
+
+class Steps(Protocol):
+    """A run that stops after every kernel, here or on a board."""
+
+    results: list[Array]
+
+    def __len__(self) -> int: ...
+
+    def step(self, index: int) -> float:
+        """Run one kernel."""
+        ...
+
+    def read(self, offset: int, kind: TensorType) -> Array:
+        """A buffer of the arena."""
+        ...
+
+
+class Model(Protocol):
+    """What runs, here or on a board."""
+
+    inputs: dict[str, TensorType]
+    outputs: dict[str, TensorType]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the library says of itself."""
+        ...
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        ...
+
+    def steps(self, feeds: Mapping[str, Array]) -> Steps:
+        """Run kernel by kernel."""
+        ...
 
 
 class CompiledModel:

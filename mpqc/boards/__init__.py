@@ -1,0 +1,1 @@
+"""Boards: run and measure compiled models on other machines."""

@@ -1,0 +1,51 @@
+"""Latency of an artifact on a board."""
+
+import statistics
+from collections.abc import Sequence
+
+from mpqc.artifact import Artifact
+from mpqc.bench import Benchmark, LayerTiming, Timing
+from mpqc.boards.board import Board, Samples
+from mpqc.errors import UsageError
+
+
+def bench_board(artifact: Artifact, board: Board, repeat: int, per_layer: bool) -> Benchmark:
+    """Measure on a board.
+
+    Args:
+        artifact: built for the board.
+        board: its number of threads holds for every run.
+        repeat: measured runs.
+        per_layer: also a row for each kernel.
+
+    Raises:
+        EnvironmentLacks: the board is gone.
+        ArtifactError: the model does not run there.
+    """
+    if repeat < 1:
+        raise UsageError(f"repeat starts at 1, got {repeat}")
+    (found,) = board.samples([artifact.library], repeat, 0.0)
+    manifest = artifact.manifest
+    facts = board.facts() | {"compiled_with": manifest["versions"]}
+    own = Timing("mpqc", min(found.whole), statistics.median(found.whole), len(found.whole))
+    shapes = [kind["shape"] for kind in manifest["inputs"].values()]
+    batch = max((shape[0] for shape in shapes if shape), default=1)
+    layers = _layers(manifest["steps"], manifest["layers"], found) if per_layer else ()
+    return Benchmark((own,), layers, facts, board.threads, batch)
+
+
+def _layers(
+    steps: Sequence[dict[str, str]], layers: Sequence[dict[str, int]], found: Samples
+) -> tuple[LayerTiming, ...]:
+    macs = {str(layer["name"]): layer["macs"] for layer in layers}
+    quantized = ("bitplane", "bitplane-lut", "int8")
+    return tuple(
+        LayerTiming(
+            step["label"],
+            step["kind"],
+            min(times),
+            statistics.median(times),
+            macs.get(step["label"], 0) if step["kind"] in quantized else 0,
+        )
+        for step, times in zip(steps, found.steps, strict=True)
+    )

@@ -1,0 +1,275 @@
+"""A board that is reached over ssh: compiled models run and are measured there."""
+
+import statistics
+import struct
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from mpqc.artifact import Artifact
+from mpqc.boards.ssh import Ssh
+from mpqc.errors import ArtifactError, DataError
+from mpqc.model_source import CSRC
+from mpqc.profile_layers import LEAST_SECONDS, Times
+from mpqc.target import Target, find_target, native
+from mpqc.tensor_type import Array, TensorType
+from mpqc.toolchain import find_compiler
+
+SOURCE = Path(__file__).parent / "measure.c"
+PROGRAM = "measure"
+# Symbols that even old systems have; newer C libraries bind programs to glibc 2.34.
+_OLD_GLIBC = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17", "armv7": "GLIBC_2.4"}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one library, run by run [s].
+
+    Attributes:
+        whole: of each run.
+        steps: of each step, in each run.
+    """
+
+    whole: tuple[float, ...]
+    steps: tuple[tuple[float, ...], ...]
+
+
+class Board:
+    """Another machine with ssh and a folder for our files; use it as a context.
+
+    Args:
+        host: as ssh takes it.
+        target: machine that the models were compiled for.
+        threads: of every run.
+        timeout: of a single command [s].
+
+    Raises:
+        EnvironmentLacks: no ssh or compiler here, or the board cannot be reached.
+    """
+
+    def __init__(self, host: str, target: Target, threads: int = 1, timeout: float = 600.0) -> None:
+        self.threads = threads
+        self.ssh = Ssh(host, timeout)
+        try:
+            with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
+                self.ssh.upload({PROGRAM: compile_program(target, Path(folder))})
+        except BaseException:
+            self.ssh.close()
+            raise
+        self._sent: dict[Path, str] = {}
+
+    def send(self, library: Path) -> str:
+        """Name of a library on the board; it is sent once."""
+        if library not in self._sent:
+            name = f"model{len(self._sent)}.so"
+            self.ssh.upload({name: library})
+            self._sent[library] = name
+        return f"{self.ssh.folder}/{self._sent[library]}"
+
+    def run(self, arguments: str, given: bytes = b"") -> bytes:
+        """The measuring program."""
+        return self.ssh.run(f"{self.ssh.folder}/{PROGRAM} {arguments}", given)
+
+    def samples(self, libraries: Sequence[Path], repeat: int, seconds: float) -> list[Samples]:
+        """Run libraries in turn, at least so often and, together, at least so long."""
+        places = " ".join(self.send(library) for library in libraries)
+        text = self.run(f"time {self.threads} {repeat} {seconds:g} {places}").decode()
+        found: list[tuple[tuple[float, ...], list[tuple[float, ...]]]] = []
+        for line in text.splitlines():
+            kind, *numbers = line.split()
+            times = tuple(int(number) * 1e-9 for number in numbers)
+            if kind == "whole":
+                found.append((times, []))
+            else:
+                found[-1][1].append(times)
+        return [Samples(whole, tuple(steps)) for whole, steps in found]
+
+    def measure(self, libraries: Sequence[Path], repeat: int) -> list[Times]:
+        """As ``profile_layers.Runner`` asks."""
+
+        def pair(times: Sequence[float]) -> tuple[float, float]:
+            return min(times), statistics.median(times)
+
+        return [
+            Times(tuple(map(pair, sample.steps)), pair(sample.whole))
+            for sample in self.samples(libraries, repeat, LEAST_SECONDS * len(libraries))
+        ]
+
+    def machine(self) -> str:
+        """Model of the board's processor."""
+        return str(self.facts()["processor"])
+
+    def facts(self) -> dict[str, Any]:
+        """About the board: what a latency means nothing without."""
+        text = self.ssh.run("uname -srm; uname -m; cat /proc/loadavg; cat /proc/cpuinfo").decode(
+            "utf-8", "replace"
+        )
+        system, machine, load, *lines = text.splitlines()
+        facts: dict[str, Any] = {
+            "processor": machine,
+            "cores": sum(line.startswith("processor") for line in lines),
+            "system": system,
+            "host": self.ssh.host,
+            "load_average": float(load.split()[0]),
+        }
+        for line in lines:
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key in ("model name", "Model"):
+                facts["processor"] = value
+        return facts
+
+    def load(self, artifact: Artifact) -> "RemoteModel":
+        """A compiled model as ``verify`` uses it."""
+        return RemoteModel(self, artifact)
+
+    def close(self) -> None:
+        self.ssh.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class RemoteModel:
+    """A compiled model on a board, with the face of ``runtime.CompiledModel``."""
+
+    def __init__(self, board: Board, artifact: Artifact) -> None:
+        self._board = board
+        self._place = board.send(artifact.library)
+        self._manifest = artifact.manifest
+        self.inputs = _types(self.manifest["inputs"])
+        self.outputs = _types(self.manifest["outputs"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the library says of itself."""
+        return self._manifest
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; see ``CompiledModel.run``."""
+        outputs, _ = self._run(feeds, ())
+        return outputs
+
+    def steps(self, feeds: Mapping[str, Array]) -> "RemoteStepper":
+        """Run step by step, and fetch every value that the manifest lists."""
+        taps = sorted(self.manifest["taps"].values(), key=lambda tap: tap["step"])
+        reads = [(tap["step"], tap["offset"], _stored_bytes(tap)) for tap in taps]
+        outputs, found = self._run(feeds, reads)
+        values = {
+            (step, offset): data for (step, offset, _), data in zip(reads, found, strict=True)
+        }
+        return RemoteStepper(len(self.manifest["steps"]), list(outputs.values()), values)
+
+    def _run(
+        self, feeds: Mapping[str, Array], reads: Sequence[tuple[int, int, int]]
+    ) -> tuple[dict[str, Array], list[bytes]]:
+        if feeds.keys() != self.inputs.keys():
+            raise DataError(f"the model takes {sorted(self.inputs)}, got {sorted(feeds)}")
+        header = struct.pack("<Q", len(reads)) + b"".join(struct.pack("<3Q", *r) for r in reads)
+        arrays = []
+        for name, kind in self.inputs.items():
+            array = np.asarray(feeds[name])
+            if TensorType.of(array) != kind:
+                raise DataError(f"input {name!r} is {TensorType.of(array)}, the model takes {kind}")
+            arrays.append(array.tobytes())
+        data = self._board.run(
+            f"run {self._place} {self._board.threads} 1", header + b"".join(arrays)
+        )
+        sizes = [kind.nbytes for kind in self.outputs.values()] + [size for *_, size in reads]
+        if len(data) != sum(sizes):
+            raise ArtifactError(f"the board answered {len(data)} bytes instead of {sum(sizes)}")
+        pieces, start = [], 0
+        for size in sizes:
+            pieces.append(data[start : start + size])
+            start += size
+        outputs = {
+            name: np.frombuffer(piece, kind.dtype).reshape(kind.shape)
+            for (name, kind), piece in zip(self.outputs.items(), pieces, strict=False)
+        }
+        return outputs, pieces[len(outputs) :]
+
+
+class RemoteStepper:
+    """A run whose inner values were all fetched."""
+
+    def __init__(
+        self, count: int, results: list[Array], values: Mapping[tuple[int, int], bytes]
+    ) -> None:
+        self.results = results
+        self._count, self._values, self._at = count, values, -1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def step(self, index: int) -> float:
+        """Go to a step; the time is not known here."""
+        self._at = index
+        return 0.0
+
+    def read(self, offset: int, kind: TensorType) -> Array:
+        """A value that the manifest lists for this step."""
+        array: Array = np.frombuffer(self._values[self._at, offset], kind.dtype)
+        return array.reshape(kind.shape)
+
+
+def _types(described: Mapping[str, Any]) -> dict[str, TensorType]:
+    return {n: TensorType(kind["dtype"], tuple(kind["shape"])) for n, kind in described.items()}
+
+
+def _stored_bytes(tap: Mapping[str, Any]) -> int:
+    """Bytes of a value in the arena."""
+    shape, perm = list(tap["shape"]), tap["perm"]
+    stored = list(shape)
+    for axis, source in enumerate(perm):
+        stored[source] = shape[axis]
+    if tap["form"] == "planes":
+        return int(tap["bits"] * prod(stored[:-1]) * -(-stored[-1] // 8))
+    return prod(stored) * int(np.dtype(tap["dtype"]).itemsize)
+
+
+def target_of(artifact: Artifact) -> Target:
+    """Machine that an artifact was compiled for."""
+    known = artifact.manifest["target"]
+    name = str(known["name"])
+    if name != "native":
+        return find_target(name)
+    return Target(name, known["arch"], known["llvm"], features=frozenset(known["features"]))
+
+
+def compile_program(target: Target, folder: Path) -> Path:
+    """The measuring program for a target.
+
+    Raises:
+        EnvironmentLacks: no compiler for the target.
+        ArtifactError: it refused.
+    """
+    command = find_compiler(target, native().arch)
+    output = folder / PROGRAM
+    call = [*command, "-std=gnu11", "-O2", "-I", str(CSRC), str(SOURCE), "-o", str(output)]
+    asked = subprocess.run(
+        [*command, "-print-file-name=libdl.so.2"], capture_output=True, text=True, check=False
+    )
+    if asked.returncode == 0 and asked.stdout.strip().startswith("/"):
+        call += [f'-DOLD_GLIBC="{_OLD_GLIBC[target.arch]}"', "-Wl,--no-as-needed", "-l:libdl.so.2"]
+    else:
+        call += ["-ldl"]
+    result = subprocess.run(call, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ArtifactError(
+            f"{command[0]} failed to compile the measuring program:\n{result.stderr[-2000:]}"
+        )
+    return output
