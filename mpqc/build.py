@@ -7,7 +7,6 @@ generated ``model.c`` lists the calls over one arena, and the C compiler links t
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -38,13 +37,7 @@ from mpqc.model_source import (
 )
 from mpqc.program import MemoryPlan, Program
 from mpqc.target import Target, llvm_target, native
-
-# GNU prefix and Debian package of the compiler that makes libraries for an architecture.
-CROSS = {
-    "x86_64": ("x86_64-linux-gnu", "gcc-x86-64-linux-gnu"),
-    "aarch64": ("aarch64-linux-gnu", "gcc-aarch64-linux-gnu"),
-    "armv7": ("arm-linux-gnueabihf", "gcc-arm-linux-gnueabihf"),
-}
+from mpqc.toolchain import check_library, find_compiler, old_glibc
 
 
 @dataclass(frozen=True)
@@ -70,28 +63,6 @@ class Built:
     code_bytes: int
 
 
-def find_compiler(target: Target, host_arch: str) -> list[str]:
-    """The C compiler for a target.
-
-    Raises:
-        EnvironmentLacks: none is installed; says how to get one.
-    """
-    if target.arch == host_arch:
-        if os.environ.get("CC"):
-            return os.environ["CC"].split()
-        for name in ("cc", "gcc", "clang"):
-            if shutil.which(name):
-                return [name]
-        raise EnvironmentLacks("no C compiler found: install gcc or clang, or set CC")
-    prefix, package = CROSS[target.arch]
-    name = f"{prefix}-gcc"
-    if shutil.which(name):
-        return [name]
-    raise EnvironmentLacks(
-        f"no cross compiler for {target.arch}: install {name} (Debian: apt install {package})"
-    )
-
-
 def build(
     program: Program,
     memory: MemoryPlan,
@@ -112,7 +83,8 @@ def build(
 
     Raises:
         EnvironmentLacks: no C compiler.
-        ArtifactError: the compiler refused; its message is included.
+        ArtifactError: the compiler refused; its message is included. Or what it made would not
+            run on the target.
     """
     form = form or Form()
     compiler = find_compiler(target, native().arch)
@@ -131,7 +103,7 @@ def build(
         )
         gcc = _Compiler(compiler, target, work)
         gcc.sizes(sizes_header(program, memory, weights, workspace, form, DEFAULT_PREFIX))
-        libraries = [] if form.bare else ["-lpthread"]
+        libraries = [] if form.bare else [*old_glibc(compiler, target, work), "-lpthread"]
         gcc.run(
             "-shared", *SOURCES, *map(str, objects), "-o", "model.so", "-nostartfiles",
             "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
@@ -149,6 +121,7 @@ def build(
         output.with_suffix(".h").write_text(header(DEFAULT_PREFIX), "utf-8")
         if archive is not None and form.prefix != DEFAULT_PREFIX:
             archive.with_suffix(".h").write_text(header(form.prefix), "utf-8")
+        check_library(work / "model.so", target)
         shutil.copyfile(work / "model.so", output)
     output.chmod(0o755)
     return Built(
@@ -182,7 +155,10 @@ class _Compiler:
         Raises:
             ArtifactError: it refused.
         """
-        flags = ["-mno-outline-atomics"] if self.target.arch == "aarch64" else []
+        # no helpers of libgcc that ask for the atomics there are; no libgcc_s for unwinding
+        flags = {"aarch64": ["-mno-outline-atomics"], "armv7": ["-static-libgcc"]}.get(
+            self.target.arch, []
+        )
         command = [
             *self.command, "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", *flags,
             "-fno-stack-protector", "-Wall", "-Wextra", "-Werror=implicit-function-declaration",

@@ -123,6 +123,58 @@ def bitplane_conv(
         ),
         name="pair",
     )
+    return _weigh_pairs(pair, negative_top)
+
+
+def popcount_conv(
+    planes: te.Tensor,
+    weight: te.Tensor,
+    window: Window,
+    image: Image,
+    group_bytes: int,
+    blocks_a_group: int,
+    negative_top: bool,
+) -> te.Tensor:
+    """``bitplane_conv`` for machines that add neighbouring bytes: no sums in uint8.
+
+    A run may end up to a byte behind the window's row: the weights there are zero.
+
+    Args:
+        planes: as there.
+        weight: uint8 [O/B, J, KH, taps, run/2, B, 2]; K < 2**16.
+        window: geometry.
+        image: (A, N, H, W, bytes of a pixel) of ``planes``.
+        group_bytes: bytes of one pixel and group.
+        blocks_a_group: blocks of B output channels in a group.
+        negative_top: the last weight plane counts negative (two's complement).
+
+    Returns:
+        int32 [N, OH, OW, O/B, B].
+    """
+    a_bits, batch, height, width, pixel_bytes = image
+    blocks, j_bits, kh, taps, run, lanes, group = (int(extent) for extent in weight.shape)
+    ky = te.reduce_axis((0, kh), "ky")
+    kx = te.reduce_axis((0, taps), "kx")
+    r = te.reduce_axis((0, run), "r")
+    u = te.reduce_axis((0, group), "u")
+
+    def pair_of(n: Expr, y: Expr, x: Expr, o: Expr, j: Expr, i: Expr, lane: Expr) -> Expr:
+        row = (i * batch + n) * height + y * window.sy + ky * window.dy
+        column = (x * window.sx + kx * window.dx) * pixel_bytes
+        first = (o // blocks_a_group) * group_bytes if blocks > blocks_a_group else 0
+        data = planes[row * (width * pixel_bytes) + column + first + r * group + u]
+        count = tirx.popcount(data & weight[o, j, ky, kx, r, lane, u])
+        return te.sum(count.astype("uint16"), axis=[ky, kx, r, u])
+
+    pair = te.compute(
+        (window.n, window.oh, window.ow, blocks, j_bits, a_bits, lanes), pair_of, name="pair"
+    )
+    return _weigh_pairs(pair, negative_top)
+
+
+def _weigh_pairs(pair: te.Tensor, negative_top: bool) -> te.Tensor:
+    """Sum of plane pairs [N, OH, OW, O/B, J, A, B] by their weights 2**(i+j)."""
+    *_, j_bits, a_bits, lanes = (int(extent) for extent in pair.shape)
     j = te.reduce_axis((0, j_bits), "j")
     i = te.reduce_axis((0, a_bits), "i")
 
@@ -131,7 +183,7 @@ def bitplane_conv(
         signed = tirx.Select(j == j_bits - 1, -count, count) if negative_top else count
         return te.sum(signed, axis=[j, i])
 
-    return te.compute((window.n, window.oh, window.ow, blocks, lanes), weigh, name="acc")
+    return te.compute((*pair.shape[:4], lanes), weigh, name="acc")
 
 
 def lut_conv(

@@ -6,6 +6,7 @@ that hold images are flat, so that a 1x1 layer may cut its pixels into rows as i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpqc import compute
 from mpqc.compute import Window
 from mpqc.graph import TensorType
 from mpqc.schedules import conv_cpu, pad_script, simple_cpu
+from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.target import Target
@@ -213,6 +215,14 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
     ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4)),
     ("dot", 256): ((4, 2), (7, 1), (14, 1), (8, 1), (2, 4), (5, 2), (3, 2)),
 }
+# For NEON's 32 registers, by the estimates of benchmarks/arm.py: a broadcast costs as much as an
+# addition, so that several vectors share it.
+_NEON_TILES: dict[str, tuple[tuple[int, int], ...]] = {
+    "bitplane": ((4, 4), (2, 8), (5, 4), (3, 4), (2, 4), (7, 2), (4, 2), (8, 2), (7, 1)),
+    "lut": ((2, 2), (7, 2), (4, 4), (8, 2), (5, 2), (3, 4), (4, 1), (7, 1), (8, 1)),
+    "dot": ((4, 4), (2, 8), (8, 2), (2, 4), (7, 2), (5, 4), (4, 2), (3, 4), (7, 1)),
+    "long": ((8, 1), (4, 2), (7, 1), (4, 1), (5, 1), (2, 4), (2, 1)),
+}
 _LARGE_LUT: dict[int, tuple[tuple[int, int], ...]] = {512: ((4, 2), (2, 2)), 256: ((2, 2),)}
 _REGISTERS = {512: 26, 256: 12}  # accumulators, with some left for operands
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
@@ -221,7 +231,9 @@ _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and wast
 def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
     width = 512 if target.vector_bits == 512 or target.arch == "aarch64" else 256
     blocks = -(-layer.group_out // lanes)
-    if kind == "lut" and layer.window.ow >= 56 and blocks % 2 == 0:  # tables come from L2
+    if target.arch == "aarch64":
+        pairs = _NEON_TILES[kind]
+    elif kind == "lut" and layer.window.ow >= 56 and blocks % 2 == 0:  # tables come from L2
         pairs = _LARGE_LUT[width]
     else:
         pairs = _TILES[kind, width]
@@ -243,9 +255,19 @@ def _channel_lanes(channels: int, most: int) -> int:
     return lanes
 
 
+def popcount_instruction(layer: Layer, target: Target) -> str:
+    """How the popcount kernel adds: "and-popcount" in bytes, or an instruction of the machine."""
+    counts = 8 * layer.window.kh * layer.taps * layer.run_pixels * layer.group_bytes
+    if target.arch == "x86_64" or counts >= 2**16 or layer.group_out % 8:
+        return "and-popcount"
+    return "uadalp" if target.arch == "aarch64" else "vpadal"
+
+
 def bitplane_tile(layer: Layer, target: Target) -> Tile:
     """Default tile of the popcount kernel."""
     most = target.vector_bits // 8
+    if popcount_instruction(layer, target) in POPCOUNTS:
+        return _tile("bitplane", layer, target, 8)
     if layer.groups > 1:
         lanes = largest_divisor(layer.group_out, most)
         return Tile(largest_divisor(layer.window.ow, 7), 1, lanes)
@@ -261,7 +283,8 @@ def lut_tile(layer: Layer, target: Target) -> Tile:
 def dot_tile(layer: Layer, target: Target, instruction: str) -> Tile:
     """Default tile of the dot kernel."""
     dot = DOTS[instruction]
-    return _tile("half" if dot.halves else "dot", layer, target, dot.lanes)
+    kind = "half" if dot.halves else "long" if dot.chain else "dot"
+    return _tile(kind, layer, target, dot.lanes)
 
 
 def grouped_tile(layer: Layer, target: Target) -> Tile:
@@ -304,48 +327,62 @@ def _exact(
     return read
 
 
-def _correction(layer: Layer) -> list[Any]:
-    """Placeholder of ``-z * sum_k w``, the zero point's share of each output channel."""
-    if not layer.zero_point:
+def _correction(layer: Layer, offset: int = 0) -> list[Any]:
+    """Placeholder of ``(offset - z) * sum_k w``, what codes less their offset still need."""
+    if not (layer.zero_point or offset):
         return []
     return [te.placeholder((layer.out_channels,), "int32", "correction")]
 
 
 def bitplane_kernel(
-    layer: Layer, operands: Sequence[Operand], outputs: Sequence[Output], tile: Tile
+    layer: Layer,
+    operands: Sequence[Operand],
+    outputs: Sequence[Output],
+    tile: Tile,
+    instruction: str = "and-popcount",
 ) -> Kernel:
     """Popcount kernel.
 
-    Arguments: planes, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs.
+    Arguments: planes, weight [O/B, J, KH, taps, run, B] (or [.., run/2, B, 2] for an instruction
+    of ``arm_intrinsics``), [correction], [sums], operands; outputs.
     """
+    pairwise = instruction in POPCOUNTS
     window, groups = layer.window, layer.groups
     n, h, w, _ = layer.image
     image = (layer.activation_bits, n, h, w, layer.group_bytes * groups)
     run = layer.run_pixels * layer.group_bytes
     blocks = -(-layer.group_out // tile.block) * groups
     planes = te.placeholder((prod(image),), "uint8", "planes")
+    packed = (-(-run // 2), tile.block, 2) if pairwise else (run, tile.block)
     weight = te.placeholder(
-        (blocks, layer.weight_bits, window.kh, layer.taps, run, tile.block), "uint8", "weight"
+        (blocks, layer.weight_bits, window.kh, layer.taps, *packed), "uint8", "weight"
     )
-    acc = compute.bitplane_conv(
-        planes, weight, window, image, layer.group_bytes, blocks // groups,
-        negative_top=not layer.odd,
-        chunk=largest_divisor(run, 31),
-        pair_dtype="uint16" if window.kh * layer.taps * run * 8 < 2**16 else "uint32",
-    )  # fmt: skip
+    geometry = (planes, weight, window, image, layer.group_bytes, blocks // groups)
+    if pairwise:
+        acc = compute.popcount_conv(*geometry, negative_top=not layer.odd)
+    else:
+        acc = compute.bitplane_conv(
+            *geometry,
+            negative_top=not layer.odd,
+            chunk=largest_divisor(run, 31),
+            pair_dtype="uint16" if window.kh * layer.taps * run * 8 < 2**16 else "uint32",
+        )
     sums = []
     if layer.odd:
         sums = [te.placeholder((window.n, window.oh, window.ow, groups), "int32", "sums")]
     correction = _correction(layer)
     read = _exact(layer, acc, tile.block, *correction or [None], *sums)
     holders, results, names = _stages(layer.out_shape, read, operands, outputs)
+    schedule = conv_cpu.bitplane_conv
+    if pairwise:
+        schedule = partial(conv_cpu.popcount_conv, instruction=instruction)
     return _kernel(
         [planes, weight, *correction, *sums, *holders],
         results,
-        lambda sch: conv_cpu.bitplane_conv(
+        lambda sch: schedule(
             sch, tile, layer.out_channels, names, threads=_threads(layer, pairs=True)
         ),
-        "and-popcount",
+        instruction,
     )
 
 
@@ -463,7 +500,7 @@ def dot_kernel(
         acc = compute.half_conv(codes, weight, layer.window, layer.image, chunk)
     else:
         acc = compute.dot_conv(codes, weight, layer.window, layer.image)
-    correction = _correction(layer)
+    correction = _correction(layer, dot.offset)
     read = _exact(layer, acc, tile.block, *correction or [None])
     holders, results, names = _stages(layer.out_shape, read, operands, outputs)
     return _kernel(
@@ -529,6 +566,7 @@ def pad_kernel(
     fill: Sequence[int],
     dtypes: tuple[str, str],
     last_mask: int = 255,
+    offset: int = 0,
 ) -> Kernel:
     """Copy images [images, h, w, c] into a border of constants, converting the element type.
 
@@ -539,6 +577,7 @@ def pad_kernel(
         fill: border value; one, or one a plane.
         dtypes: of source and result.
         last_mask: ANDed into the fill of the last byte of a pixel (unused bits stay zero).
+        offset: taken from every inner value.
     """
-    func, kinds = pad_script.pad(images, size, pads, tuple(fill), dtypes, last_mask)
+    func, kinds = pad_script.pad(images, size, pads, tuple(fill), dtypes, last_mask, offset)
     return Kernel(func, (kinds[0],), (kinds[1],), "pad")

@@ -27,10 +27,17 @@ from mpqc.grouping import LAYERS, Group, form_groups
 from mpqc.kernels import Kernel, Layer, Operand, Output, Shape
 from mpqc.numerics import weight_codes
 from mpqc.onnx_to_tir import convert_region
-from mpqc.packing import bitplane_weights, dot_weights, grouped_weights, lut_weights
+from mpqc.packing import (
+    bitplane_weights,
+    dot_weights,
+    grouped_weights,
+    lut_weights,
+    popcount_weights,
+)
 from mpqc.passes.channels_last import SUFFIX, first
 from mpqc.program import LayerRecord, Program, Step, Tap
 from mpqc.schedules import float_cpu
+from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.select_kernel import Choice, Selector
 from mpqc.target import Target, llvm_target
@@ -229,7 +236,8 @@ class _Lowering:
         levels, bits = node.str_attr("weight_levels"), node.int_attr("weight_bits")
         if choice.kind == "bitplane":
             codes = weight_codes(weight, bits, levels)
-            packed = bitplane_weights(codes, bits, layer.groups, layer.taps, tile.block)
+            pack = popcount_weights if choice.variant in POPCOUNTS else bitplane_weights
+            packed = pack(codes, bits, layer.groups, layer.taps, tile.block)
         elif choice.kind == "bitplane-lut":
             packed = lut_weights(weight_codes(weight, bits, levels), bits, layer.taps, tile.block)
         elif choice.variant == "multiply-add":
@@ -238,10 +246,10 @@ class _Lowering:
             dot = DOTS[choice.variant]
             packed = dot_weights(weight, layer.taps, tile.block, dot.group, dot.weight)
         inputs.append(self._constant(f"{node.name}.{choice.kind}", packed))
-        zero_point = node.int_attr("zero_point", 0)
-        if layer.zero_point:
+        zero_point, offset = node.int_attr("zero_point", 0), _offset(choice)
+        if layer.zero_point or offset:
             sums = weight.reshape(weight.shape[0], -1).astype(np.int64).sum(axis=1)
-            correction = (-zero_point * sums).astype(np.int32)
+            correction = ((offset - zero_point) * sums).astype(np.int32)
             inputs.append(self._constant(f"{node.name}.correction", correction))
         if choice.kind != "int8" and layer.odd:
             name = f"{node.name}.sums"
@@ -251,7 +259,7 @@ class _Lowering:
             inputs.append(name)
         outputs = [spec.output for spec in specs]
         if choice.kind == "bitplane":
-            kernel = kernels.bitplane_kernel(layer, plan.operands, outputs, tile)
+            kernel = kernels.bitplane_kernel(layer, plan.operands, outputs, tile, choice.variant)
         elif choice.kind == "bitplane-lut":
             kernel = kernels.lut_kernel(layer, plan.operands, outputs, tile, choice.variant)
         elif choice.variant == "multiply-add":
@@ -276,13 +284,15 @@ class _Lowering:
         if choice.kind != "bitplane":
             source, dtype = self._value(value), "uint8"
             wanted = DOTS[choice.variant].data if choice.variant in DOTS else "uint8"
+            offset = _offset(choice)
             key = source
             if any(choice.pads) or wanted != dtype:
                 key = f"{value}.{wanted}.{'_'.join(map(str, choice.pads))}.{zero_point}"
             if key not in self.program.buffers and key not in self.program.aliases:
                 kernel = kernels.pad_kernel(
-                    shape[0], shape[1:], choice.pads, [zero_point], (dtype, wanted)
-                )
+                    shape[0], shape[1:], choice.pads, [zero_point - offset], (dtype, wanted),
+                    offset=offset,
+                )  # fmt: skip
                 self._call(kernel, [source], [key], value, "pad")
             return self._tables(key, layer) if choice.kind == "bitplane-lut" else key
         source = self._planes(value, shape, layer, bits)
@@ -365,6 +375,11 @@ class _Spec:
     value: str
     output: Output
     names: tuple[str, ...]
+
+
+def _offset(choice: Choice) -> int:
+    """What the layer's kernel wants taken from every code."""
+    return DOTS[choice.variant].offset if choice.variant in DOTS else 0
 
 
 def _record(node: Node, choice: Choice, weight: Array) -> LayerRecord:

@@ -65,6 +65,25 @@ def bitplane_weights(codes: Array, bits: int, groups: int, taps: int, block: int
     return np.ascontiguousarray(np.concatenate([_blocks(group, block) for group in groups_of]))
 
 
+def popcount_weights(codes: Array, bits: int, groups: int, taps: int, block: int) -> Array:
+    """Weights of the pairwise popcount kernel: those of the bitplane kernel, two bytes a lane.
+
+    Args:
+        codes: uint8 [O, C/G, KH, KW].
+        bits: J.
+        groups: G.
+        taps: separate runs of a window row: 1 or KW.
+        block: B.
+
+    Returns:
+        uint8 [G * ceil(O/G/B), J, KH, taps, ceil(run/2), B, 2]; a missing byte is zero.
+    """
+    single = bitplane_weights(codes, bits, groups, taps, block)
+    padding = [(0, 0)] * 4 + [(0, single.shape[4] % 2), (0, 0)]
+    pairs = np.pad(single, padding).reshape(*single.shape[:4], -1, 2, block)
+    return np.ascontiguousarray(np.swapaxes(pairs, -1, -2))
+
+
 def lut_weights(codes: Array, bits: int, taps: int, block: int) -> Array:
     """Weights of the lookup kernel: bits of four channels of a plane as one nibble.
 

@@ -19,9 +19,13 @@ from mpqc.kernels import (
     half_steps,
     largest_divisor,
     lut_tile,
+    popcount_instruction,
 )
 from mpqc.latency import Geometry, LatencyTable
+from mpqc.schedules.arm_intrinsics import most_product
 from mpqc.schedules.conv_cpu import Tile
+from mpqc.schedules.dot_intrinsics import DOTS
+from mpqc.schedules.lut_intrinsics import lookup_of
 from mpqc.target import Target
 
 Pads = tuple[int, int, int, int]
@@ -103,19 +107,19 @@ class Selector:
                 return kind, "measured" if measured else "model"
         return max(rates, key=rates.__getitem__), "model"
 
-    def _shaped(
-        self, kind: str, layer: Layer, variant: str, pads: Pads, source: Shape
-    ) -> Choice:
+    def _shaped(self, kind: str, layer: Layer, variant: str, pads: Pads, source: Shape) -> Choice:
         """The kernel's variant and tile."""
         if kind == "int8" and variant == "multiply-add":
             return Choice(kind, variant, layer, grouped_tile(layer, self.target), pads, source)
         shaped = flatten_pixels(layer, 14)
         if kind == "bitplane":
             tile = bitplane_tile(shaped, self.target)
-            return Choice(kind, "and-popcount", shaped, tile, pads, source)
+            how = popcount_instruction(shaped, self.target)
+            return Choice(kind, how, shaped, tile, pads, source)
         if kind == "bitplane-lut":
             tile = lut_tile(shaped, self.target)
-            return Choice(kind, f"vpshufb{tile.lanes * 8}", shaped, tile, pads, source)
+            how = lookup_of(self.target.arch, tile.lanes)
+            return Choice(kind, how, shaped, tile, pads, source)
         tile = dot_tile(shaped, self.target, variant)
         return Choice(kind, variant, shaped, tile, pads, source)
 
@@ -128,7 +132,7 @@ def _int8_variant(layer: Layer, weight: Array, target: Target) -> str:
     if target.has("vnni") and fits:
         return "vpdpbusd512"
     if target.arch != "x86_64":
-        return "multiply-add"
+        return _neon_variant(layer, largest, target) if fits else "multiply-add"
     steps = half_steps(largest * (2**layer.activation_bits - 1))
     run = -(-layer.run_pixels * layer.image[3] // 4)
     if fits and steps and largest_divisor(run, steps) >= min(run, WORTH_HALVES):
@@ -136,9 +140,65 @@ def _int8_variant(layer: Layer, weight: Array, target: Target) -> str:
     return f"vpmaddwd{target.vector_bits}"
 
 
+def _neon_variant(layer: Layer, largest: int, target: Target) -> str:
+    """The int8 instruction of an ARM core; codes of 8 bits are stored less 128."""
+    if target.arch != "aarch64":
+        return "multiply-add"
+    wide = layer.activation_bits > 7
+    offset = "-offset" if wide else ""
+    if target.has("dotprod"):
+        return f"sdot{offset}"
+    product = largest * (128 if wide else 2**layer.activation_bits - 1)
+    multiply = "smlal" if product <= most_product(16) else "smull"
+    run = layer.run_pixels * layer.image[3]
+    if -(-run // 32) * 32 > 1.2 * -(-run // 16) * 16:
+        return f"{multiply}16{offset}"
+    if product <= most_product(32) and not wide:
+        return "smlal32-small"
+    return f"{multiply}32{offset}"
+
+
+@dataclass(frozen=True)
+class _Core:
+    """Multiply-accumulates a cycle of an ARM core, as benchmarks/arm.py estimates them.
+
+    Attributes:
+        popcount: of one plane pair.
+        shuffle: of one weight plane; 0 where there is no lookup kernel.
+        int8: by instruction, without its group and offset.
+        table: cycles that making one table takes.
+    """
+
+    popcount: float
+    shuffle: float
+    int8: Mapping[str, float]
+    table: float
+
+
+_CORES: Mapping[str, _Core] = {
+    "cortex-a53": _Core(
+        31.0, 21.0,
+        {"smull16": 2.7, "smlal16": 3.0, "smull32": 2.9, "smlal32": 3.3, "multiply-add": 1.1}, 24,
+    ),
+    "cortex-a72": _Core(
+        75.0, 35.0,
+        {"smull16": 6.0, "smlal16": 6.8, "smull32": 6.5, "smlal32": 7.5, "multiply-add": 2.9}, 14,
+    ),
+    "cortex-a76": _Core(70.0, 58.0, {"sdot": 19.5, "multiply-add": 2.9}, 10),
+    "cortex-a9": _Core(17.0, 0.0, {"multiply-add": 0.8}, 0),
+}  # fmt: skip
+
+
+def _core(target: Target) -> _Core:
+    """Rates of the target's core, or of its kind where nothing is known of it."""
+    known = _CORES.get(str(target.llvm.get("mcpu", "")))
+    kind = "cortex-a76" if target.has("dotprod") else "cortex-a72"
+    return known or _CORES[kind if target.arch == "aarch64" else "cortex-a9"]
+
+
 # Multiply-accumulates a cycle, measured with the kernels of this project (benchmarks/layers.py):
 # popcount of one plane pair, by vector unit; the int8 kernels by instruction.
-_POPCOUNT = {"bitalg": 215.0, "avx512": 130.0, "avx2": 115.0, "ssse3": 45.0, "neon": 43.0}
+_POPCOUNT = {"bitalg": 215.0, "avx512": 130.0, "avx2": 115.0, "ssse3": 45.0}
 _INT8 = {
     "vpdpbusd512": 62.0, "vpmaddubsw512": 60.0, "vpmaddubsw256": 40.0, "vpmaddubsw128": 20.0,
     "vpmaddwd512": 40.0, "vpmaddwd256": 23.0, "vpmaddwd128": 11.0, "multiply-add": 6.0,
@@ -152,12 +212,22 @@ WORTH_HALVES = 8  # steps of int16 sums that pay for the widening
 
 def expected_rates(layer: Layer, variant: str, target: Target) -> dict[str, float]:
     """Multiply-accumulates a cycle of each kernel: the model where nothing was measured."""
-    unit = next((name for name in _POPCOUNT if target.has(name)), "ssse3")
+    if target.arch == "x86_64":
+        popcount = _POPCOUNT[next((name for name in _POPCOUNT if target.has(name)), "ssse3")]
+        multiply = _INT8[variant]
+    else:
+        core = _core(target)
+        popcount = core.popcount
+        known = {name: core.int8.get(name) for name in (variant, variant.partition("-")[0])}
+        multiply = next(filter(None, known.values()), core.int8["multiply-add"])
     filled = layer.group_in / (8 * layer.group_bytes)  # bits of a byte that carry a channel
     lanes_used = min(1.0, layer.group_out / (target.vector_bits / 8))
     pairs = layer.weight_bits * layer.activation_bits
-    bitplane = _POPCOUNT[unit] * filled * max(lanes_used, 1 / 64) / pairs
-    int8 = _INT8[variant] * min(1.0, layer.out_channels / (target.vector_bits / 32))
+    bitplane = popcount * filled * max(lanes_used, 1 / 64) / pairs
+    int8 = multiply * min(1.0, layer.out_channels / (target.vector_bits / 32))
+    if variant in DOTS and target.arch != "x86_64":  # runs are filled up to whole steps
+        run = layer.run_pixels * layer.image[3]
+        int8 *= run / (-(-run // DOTS[variant].group) * DOTS[variant].group)
     rates = {"bitplane": bitplane, "int8": int8}
     if not _no_lut(layer, target):
         rates["bitplane-lut"] = _lut_rate(layer, target)
@@ -166,8 +236,8 @@ def expected_rates(layer: Layer, variant: str, target: Target) -> dict[str, floa
 
 def _no_lut(layer: Layer, target: Target) -> str:
     """Why the lookup kernel cannot run the layer; empty when it can."""
-    if target.arch != "x86_64":
-        return f"{target.arch} has no lookup kernel yet"
+    if target.arch == "armv7":
+        return "armv7 has no lookup kernel"
     if layer.groups > 1:
         return "a grouped convolution has too few channels to share a table"
     if layer.activation_bits > MOST_LUT_BITS:
@@ -180,14 +250,17 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     steps = largest_divisor(
         layer.run_pixels * -(-layer.image[3] // 4), 255 // (4 * (2**layer.activation_bits - 1))
     )
-    flush = steps / (steps + 3.5) * min(1.0, steps / 8)
-    rate = _SHUFFLE[min(target.vector_bits, 256)] * flush / layer.weight_bits
+    arm = target.arch != "x86_64"
+    flush = steps / (steps + 2) if arm else steps / (steps + 3.5) * min(1.0, steps / 8)
+    shuffle = _core(target).shuffle if arm else _SHUFFLE[min(target.vector_bits, 256)]
+    rate = shuffle * flush / layer.weight_bits
     used = layer.image[3] / (4 * -(-layer.image[3] // 4))
     lanes = min(32, target.vector_bits // 8)
     filled = layer.out_channels / (-(-layer.out_channels // lanes) * lanes)
     rate *= used * max(filled, 1 / lanes)
     taps = layer.window.kh * layer.window.kw / (layer.window.sy * layer.window.sx)
-    table = 8 / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
+    making = _core(target).table if arm else 8.0
+    table = making / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
     return 1 / (1 / rate + table)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from mpqc.schedules.arm_intrinsics import register_popcount
 from mpqc.schedules.dot_intrinsics import register_dot, register_halves
 from mpqc.schedules.lut_intrinsics import register_lookup
 
@@ -96,6 +97,33 @@ def bitplane_conv(
     sch.decompose_reduction(part, byte)
     sch.decompose_reduction(pair, ky)
     sch.decompose_reduction(acc, j)
+
+
+def popcount_conv(
+    sch: Schedule,
+    tile: Tile,
+    channels: int,
+    epilogue: Sequence[str],
+    *,
+    instruction: str,
+    threads: bool = True,
+) -> None:
+    """AND, popcount and pairwise addition through a tensor intrinsic; see ``arm_intrinsics``."""
+    acc, pair = sch.get_sblock("acc"), sch.get_sblock("pair")
+    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, threads)
+    sch.reorder(j, i, pixel, vector, lane)
+    _epilogue(sch, epilogue, at, channels)
+
+    sch.compute_at(pair, i, preserve_unit_loops=True)
+    _, _, pair_pixel, _, _, _, pair_lanes, ky, kx, r, u = sch.get_loops(pair)[-11:]
+    pair_vector, pair_lane = sch.split(pair_lanes, [tile.vectors, tile.lanes])
+    sch.reorder(ky, kx, r, pair_pixel, pair_vector, pair_lane, u)
+    for loop in (pixel, vector, pair_pixel, pair_vector):
+        sch.unroll(loop)
+    sch.vectorize(lane)
+    _vectorize_init(sch, sch.decompose_reduction(pair, ky))
+    sch.decompose_reduction(acc, j)
+    sch.tensorize(pair_lane, register_popcount(instruction))
 
 
 def lut_conv(

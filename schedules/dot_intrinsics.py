@@ -10,6 +10,7 @@ from typing import Any
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from mpqc.schedules import arm_intrinsics
 from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
 
 
@@ -25,6 +26,9 @@ class Dot:
         accumulates: whether the instruction adds to its accumulator operand itself.
         halves: int16 accumulators of a lane; 0 where the instruction sums in int32.
         flush: LLVM intrinsic that adds the halves in int32.
+        offset: what is taken from every code before it is multiplied, so that it fits ``data``.
+        chain: products that are summed in int16, of a step of several instructions
+            (``arm_intrinsics.long_dot``); 0 where ``llvm`` is the step.
     """
 
     lanes: int
@@ -35,7 +39,11 @@ class Dot:
     accumulates: bool = False
     halves: int = 0
     flush: str = ""
+    offset: int = 0
+    chain: int = 0
 
+
+_SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
 
 # vpmaddwd adds two int16 products exactly: |a|, |w| <= 2**15 - 1 never overflows here, where codes
 # have at most 8 bits. vpdpbusd adds four u8*s8 products to int32 without saturation.
@@ -72,6 +80,18 @@ DOTS: dict[str, Dot] = {
         flush="llvm.x86.avx512.pmaddw.d.512",
     ),
     "vpdpbusd512": Dot(16, 4, "uint8", "int8", "llvm.x86.avx512.vpdpbusd.512", accumulates=True),
+    # NEON multiplies bytes of equal sign alone. Codes of up to 7 bits are int8 as they are; wider
+    # ones are stored less 128, and the correction of each channel puts 128 * sum(w) back.
+    "sdot": Dot(4, 4, "uint8", "int8", _SDOT, accumulates=True),
+    "sdot-offset": Dot(4, 4, "int8", "int8", _SDOT, accumulates=True, offset=128),
+    "smlal16": Dot(4, 16, "uint8", "int8", "", chain=16),
+    "smlal16-offset": Dot(4, 16, "int8", "int8", "", offset=128, chain=16),
+    "smlal32": Dot(4, 32, "uint8", "int8", "", chain=16),
+    "smlal32-offset": Dot(4, 32, "int8", "int8", "", offset=128, chain=16),
+    # -128 * -128 twice does not fit int16: each product is widened on its own.
+    "smull16-offset": Dot(4, 16, "int8", "int8", "", offset=128, chain=8),
+    "smull32-offset": Dot(4, 32, "int8", "int8", "", offset=128, chain=8),
+    "smlal32-small": Dot(4, 32, "uint8", "int8", "", chain=32),  # products of up to 13 bits
 }
 
 
@@ -79,7 +99,8 @@ DOTS: dict[str, Dot] = {
 def register_dot(name: str) -> str:
     """Register the intrinsic with TVM once; return the name that ``tensorize`` takes."""
     dot = DOTS[name]
-    TensorIntrin.register(f"mpqc.{name}", _meaning(dot), _instruction(dot))
+    folded = arm_intrinsics.long_dot(dot.group, dot.chain, dot.data) if dot.chain else None
+    TensorIntrin.register(f"mpqc.{name}", _meaning(dot), folded or _instruction(dot))
     return f"mpqc.{name}"
 
 

@@ -27,7 +27,15 @@ LOOKUPS: dict[str, Lookup] = {
     "vpshufb128": Lookup(16, "llvm.x86.ssse3.pshuf.b.128"),
     "vpshufb256": Lookup(32, "llvm.x86.avx2.pshuf.b"),
     "vpshufb512": Lookup(64, "llvm.x86.avx512.pshuf.b.512"),
+    "tbl128": Lookup(16, "llvm.aarch64.neon.tbl1.v16i8"),
 }
+
+
+def lookup_of(arch: str, lanes: int) -> str:
+    """Name of the shuffle of an architecture for vectors of so many bytes."""
+    return f"{'vpshufb' if arch == 'x86_64' else 'tbl'}{lanes * 8}"
+
+
 _SEEN = 9  # entries 0..8 are those that the meaning reads; the instruction loads all sixteen
 
 

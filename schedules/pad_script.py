@@ -16,8 +16,12 @@ def pad(
     fill: tuple[int, ...],
     dtypes: tuple[str, str],
     last_mask: int,
+    offset: int = 0,
 ) -> tuple[Any, tuple[TensorType, TensorType]]:
-    """Rows of a bordered image: three plain loops each, which LLVM turns into memset and memcpy."""
+    """Rows of a bordered image: three plain loops each, which LLVM turns into memset and memcpy.
+
+    ``offset`` is taken from every inner value; ``fill`` is stored as it is.
+    """
     height, width, channels = size
     top, left, bottom, right = pads
     rows, row = top + height + bottom, (left + width + right) * channels
@@ -33,6 +37,11 @@ def pad(
             last = tirx.const(last_mask, result)
             value = tirx.Select(column % channels == channels - 1, value & last, value)
         return value
+
+    def stored(value: Any) -> Any:
+        if offset:  # modulo 256: the difference fits the result's type
+            value = value - tirx.const(offset, source)
+        return T.Cast(result, value)
 
     loop = T.parallel if images * rows * row >= SMALL else T.serial
 
@@ -50,9 +59,8 @@ def pad(
                     for r in T.serial(before):
                         dst[line * row + r] = border(line // rows, r)
                     for r in T.serial(inner):
-                        dst[line * row + before + r] = T.Cast(
-                            result,
-                            src[(line // rows * height + line % rows - top) * inner + r],
+                        dst[line * row + before + r] = stored(
+                            src[(line // rows * height + line % rows - top) * inner + r]
                         )
                     for r in T.serial(after):
                         dst[line * row + before + inner + r] = border(line // rows, r)

@@ -11,8 +11,11 @@ from mpqc import compute, kernels, numerics, packing
 from mpqc.compute import Window
 from mpqc.graph import Array
 from mpqc.kernels import Kernel, Layer, Operand, Output
+from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.dot_intrinsics import DOTS
-from mpqc.target import Target, llvm_target
+from mpqc.schedules.lut_intrinsics import lookup_of
+from mpqc.target import Target, llvm_target, native
+from tests import arm_emulator
 
 SLACK = 64  # dot kernels may read a little behind their data
 
@@ -128,14 +131,17 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.bitplane_tile(layer, target)
         outputs.append(coded(packs and tile.block % 8 == 0))
-        kernel = kernels.bitplane_kernel(layer, operands, outputs, tile)
+        how = kernels.popcount_instruction(layer, target)
+        kernel = kernels.bitplane_kernel(layer, operands, outputs, tile, how)
         if layer.odd:
             sums = compiled(kernels.window_sum_kernel(layer), target)
     elif kind == "bitplane-lut":
         layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.lut_tile(layer, target)
         outputs.append(coded(packs and tile.block % 8 == 0))
-        kernel = kernels.lut_kernel(layer, operands, outputs, tile, f"vpshufb{tile.lanes * 8}")
+        kernel = kernels.lut_kernel(
+            layer, operands, outputs, tile, lookup_of(target.arch, tile.lanes)
+        )
         n, h, w, channels = layer.image
         tables = compiled(kernels.expand_kernel(n * h * w, channels), target)
         if layer.odd:
@@ -153,7 +159,9 @@ def _build(case: Case, kind: str, target: Target) -> Built:
 
 
 def compiled(kernel: Kernel, target: Target) -> Any:
-    """The kernel as TVM's own library, function ``main``."""
+    """The kernel as TVM's own library, function ``main``, or as a program under an emulator."""
+    if target.arch != native().arch:
+        return arm_emulator.Library(kernel, target)
     module = tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")})
     return tvm.compile(module, target=llvm_target(target))
 
@@ -185,7 +193,7 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
     codes, weight = case.codes(), case.weights()
     total = convolve(codes.astype(np.int64) - case.zero_point, weight, case.window, case.groups)
     m, b = scales(total, case.out, case.seed)
-    product = total.astype(np.float32) * m
+    product, offset = total.astype(np.float32) * m, 0
     y = product + b
     q = np.clip(np.rint(y) + 1, 0, 7).astype(np.uint8)
     expected = {"total": total, "y": y, "q": q, "planes": packing.bits_to_bytes(q, 3)}
@@ -195,9 +203,9 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         padded = np.pad(split, [(0, 0)] * 4 + [(0, -layer.group_in % 8)])
         data = packing.bits_to_bytes(padded.reshape(*codes.shape[:3], -1), case.activation_bits)
         stored = numerics.weight_codes(weight, case.weight_bits, case.levels)
-        packed = packing.bitplane_weights(
-            stored, case.weight_bits, case.groups, built.taps, built.block
-        )
+        pairwise = built.kernel.variant in POPCOUNTS
+        pack = packing.popcount_weights if pairwise else packing.bitplane_weights
+        packed = pack(stored, case.weight_bits, case.groups, built.taps, built.block)
     elif kind == "bitplane-lut":
         stored = numerics.weight_codes(weight, case.weight_bits, case.levels)
         packed = packing.lut_weights(stored, case.weight_bits, built.taps, built.block)
@@ -206,14 +214,15 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         data, packed = codes, packing.grouped_weights(weight, built.block)
     else:
         dot = DOTS[kind]
-        data = codes.astype(dot.data)
+        offset = dot.offset
+        data = (codes.astype(np.int16) - offset).astype(dot.data)
         packed = packing.dot_weights(weight, built.taps, built.block, dot.group, dot.weight)
     arguments = [tensor(data.reshape(built.kernel.inputs[0].shape)), tensor(packed)]
     if built.tables is not None:
         built.tables["main"](tensor(codes.reshape(-1)), arguments[0])
-    if case.zero_point:
+    if case.zero_point or offset:
         sums = weight.reshape(case.out, -1).astype(np.int64).sum(axis=1)
-        arguments.append(tensor((-case.zero_point * sums).astype(np.int32)))
+        arguments.append(tensor(((offset - case.zero_point) * sums).astype(np.int32)))
     if built.sums is not None:
         shape = built.kernel.inputs[len(arguments)].shape
         window_sums = tensor(np.zeros(shape, np.int32))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mpqc.build import build, find_compiler
-from mpqc.errors import ArtifactError, EnvironmentLacks
+from mpqc.build import build
+from mpqc.errors import ArtifactError
 from mpqc.program import plan_memory
 from mpqc.target import TARGETS, native
 from tests.graph_runner import lower, parse
@@ -94,20 +94,6 @@ def test_a_build_for_the_oldest_x86_holds_no_newer_instruction(tmp_path: Path) -
     assert not re.search(r"%[yz]mm|%k[1-7]\b", text)
     assert not mnemonics & {"andn", "bextr", "pdep", "pext", "shlx", "shrx", "sarx", "rorx",
                             "mulx", "lzcnt", "tzcnt", "movbe"}  # fmt: skip
-
-
-def test_a_missing_compiler_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(EnvironmentLacks, match="install gcc or clang, or set CC"):
-        find_compiler(V2, "x86_64")
-    with pytest.raises(EnvironmentLacks, match="apt install gcc-aarch64-linux-gnu"):
-        find_compiler(TARGETS["rpi4"], "x86_64")
-
-
-def test_cc_chooses_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "ccache my-gcc")
-    assert find_compiler(V2, "x86_64") == ["ccache", "my-gcc"]
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_a_fallback_says_why() -> None:
     for graph, target, why in (
         (layer(activation=8), V3, "8-bit codes overflow a byte"),
         (layer(group=8), V3, "grouped"),
-        (layer(), TARGETS["rpi4"], "aarch64 has no lookup kernel"),
+        (layer(), TARGETS["armv7"], "armv7 has no lookup kernel"),
     ):
         choice = choose(graph, target, "bitplane-lut")
         assert choice.kind == "bitplane"
@@ -71,13 +71,47 @@ def test_a_fallback_says_why() -> None:
         (layer(), V3, "vpmaddubsw256"),
         (layer(weight=8, activation=8), V2, "vpmaddubsw128"),  # its weights are small enough
         (layer(group=8), VNNI, "multiply-add"),
-        (layer(), TARGETS["rpi4"], "multiply-add"),
+        (layer(), TARGETS["rpi4"], "smlal32-small"),
+        (layer(weight=4, activation=8), TARGETS["rpi4"], "smlal32-offset"),
+        (layer(channels=3), TARGETS["rpi4"], "smlal16"),
+        (layer(), TARGETS["rpi5"], "sdot"),
+        (layer(activation=8), TARGETS["rpi5"], "sdot-offset"),
+        (layer(), TARGETS["armv7"], "multiply-add"),
+        (layer(group=8), TARGETS["rpi5"], "multiply-add"),
     ],
 )
 def test_the_instruction_of_int8_follows_the_target(
     graph: Graph, target: Target, variant: str
 ) -> None:
     assert choose(graph, target, "int8").variant == variant
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "activation", "kind"),
+    [
+        ("rpi3", 1, 1, "bitplane"),
+        ("rpi3", 2, 2, "bitplane-lut"),
+        ("rpi4", 1, 1, "bitplane"),
+        ("rpi4", 2, 2, "bitplane"),
+        ("rpi4", 6, 6, "int8"),
+        ("rpi5", 1, 1, "bitplane"),
+        ("rpi5", 3, 3, "int8"),
+        ("jetson-orin", 4, 4, "int8"),
+        ("armv7", 2, 2, "bitplane"),
+    ],
+)
+def test_arm_cores_differ(name: str, weight: int, activation: int, kind: str) -> None:
+    graph = layer(channels=128, out=128, weight=weight, activation=activation)
+    assert choose(graph, TARGETS[name]).kind == kind
+
+
+def test_the_smallest_weight_of_all_is_multiplied_alone() -> None:
+    graph = layer(weight=8, activation=8)
+    weight = graph.constants["w"].copy()
+    weight[0, 0, 0, 0] = -128
+    full = graph.with_(constants={"w": weight})
+    assert choose(full, TARGETS["rpi4"], "int8").variant == "smull32-offset"
+    assert choose(full, TARGETS["rpi5"], "int8").variant == "sdot-offset"
 
 
 @pytest.mark.parametrize("value", [128, 255, -255])

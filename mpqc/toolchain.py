@@ -1,0 +1,194 @@
+"""Find the C compiler that makes a target's libraries, and check what it made.
+
+A library that was linked with the wrong compiler loads nowhere, or dies on the board; the check
+reads the file itself (``elf``), so that a bad build never leaves this machine.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mpqc.elf import Elf, read_elf
+from mpqc.errors import ArtifactError, EnvironmentLacks
+from mpqc.target import Target, native
+
+OLDEST_GLIBC = (2, 27)  # what a library may ask for: Ubuntu 18.04, Debian 10, JetPack 4
+
+
+@dataclass(frozen=True)
+class Cross:
+    """How the tools name an architecture.
+
+    Attributes:
+        prefix: of GNU's tools.
+        package: Debian package of the GNU compiler.
+        triple: as clang and zig write it, without a C library's version.
+        machine: e_machine of its ELF files.
+        bits: of an address.
+        variable: environment variable that names the compiler.
+    """
+
+    prefix: str
+    package: str
+    triple: str
+    machine: int
+    bits: int
+    variable: str
+
+
+CROSS: Mapping[str, Cross] = {
+    "x86_64": Cross(
+        "x86_64-linux-gnu", "gcc-x86-64-linux-gnu", "x86_64-linux-gnu", 62, 64, "MPQC_CC_X86_64"
+    ),
+    "aarch64": Cross(
+        "aarch64-linux-gnu", "gcc-aarch64-linux-gnu", "aarch64-linux-gnu", 183, 64,
+        "MPQC_CC_AARCH64",
+    ),
+    "armv7": Cross(
+        "arm-linux-gnueabihf", "gcc-arm-linux-gnueabihf", "arm-linux-gnueabihf", 40, 32,
+        "MPQC_CC_ARMV7",
+    ),
+}  # fmt: skip
+
+
+def find_compiler(target: Target, host_arch: str) -> list[str]:
+    """Command of the C compiler for a target: the environment's, GNU's, clang with lld, zig.
+
+    Raises:
+        EnvironmentLacks: none is installed; says how to get one.
+    """
+    cross = CROSS[target.arch]
+    own = target.arch == host_arch
+    for variable in (cross.variable, *(["CC"] if own else [])):
+        if os.environ.get(variable):
+            return os.environ[variable].split()
+    for name in ("cc", "gcc", "clang") if own else (f"{cross.prefix}-gcc",):
+        if shutil.which(name):
+            return [name]
+    if own:
+        raise EnvironmentLacks("no C compiler found: install gcc or clang, or set CC")
+    return _clang(cross) or _zig(cross) or _missing(target.arch, cross)
+
+
+def _clang(cross: Cross) -> list[str]:
+    """Clang is every architecture's compiler, but needs lld and the target's C library."""
+    if not (shutil.which("clang") and (shutil.which("ld.lld") or shutil.which("lld"))):
+        return []
+    command = ["clang", f"--target={cross.triple}", "-fuse-ld=lld"]
+    return command if _compiles(tuple(command)) else []
+
+
+@cache
+def _compiles(command: tuple[str, ...]) -> bool:
+    """Whether the compiler finds the target's C library."""
+    program = "#include <stdlib.h>\nint f(void) { return abs(1); }\n"
+    result = subprocess.run(
+        [*command, "-shared", "-fPIC", "-x", "c", "-", "-o", os.devnull],
+        input=program, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return result.returncode == 0
+
+
+def _zig(cross: Cross) -> list[str]:
+    """Zig carries every C library's headers and stubs: the one that pip alone can install."""
+    options = ["-target", f"{cross.triple}.{'.'.join(map(str, OLDEST_GLIBC))}"]
+    if shutil.which("zig"):
+        return ["zig", "cc", *options]
+    # looked for by file: find_spec would do, but tests run with modules that cannot be imported
+    if any((Path(folder) / "ziglang").is_dir() for folder in sys.path if folder):
+        return [sys.executable, "-m", "ziglang", "cc", *options]
+    return []
+
+
+def _missing(arch: str, cross: Cross) -> list[str]:
+    raise EnvironmentLacks(
+        f"no cross compiler for {arch}: install {cross.prefix}-gcc (Debian: apt install "
+        f"{cross.package}), or zig from its wheel (pip install ziglang), or set {cross.variable}"
+    )
+
+
+# Version of pthread_create and pthread_join before glibc 2.34 moved them into libc.so.6.
+_OLD_THREADS = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17", "armv7": "GLIBC_2.4"}
+
+
+def old_glibc(command: Sequence[str], target: Target, work: Path) -> list[str]:
+    """Options that make a shared library load on systems older than the one that links it.
+
+    Newer C libraries bind threads to symbols of glibc 2.34, which is newer than many boards; the
+    old ones are still there and do the same. Zig and other C libraries need nothing.
+
+    Args:
+        command: the compiler.
+        target: machine.
+        work: folder for the header that names the old symbols.
+    """
+    asked = subprocess.run(
+        [*command, "-print-file-name=libpthread.so.0"], capture_output=True, text=True, check=False
+    )
+    if asked.returncode or not os.path.isabs(asked.stdout.strip()):
+        return []
+    version = _OLD_THREADS[target.arch]
+    lines = "".join(
+        f'__asm__(".symver {name},{name}@{version}");\n'
+        for name in ("pthread_create", "pthread_join")
+    )
+    header = work / "old_glibc.h"
+    header.write_text(f"#include <stdlib.h>\n#ifdef __GLIBC__\n{lines}#endif\n", "utf-8")
+    return ["-include", header.name, "-Wl,--no-as-needed", "-l:libpthread.so.0",
+            "-Wl,--as-needed"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- the linked library
+
+# What a library may ask the system for; everything else would be missing on some board.
+LIBRARIES = frozenset({
+    "libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2",
+    "ld-linux-aarch64.so.1", "ld-linux-armhf.so.3",
+})  # fmt: skip
+
+
+def check_library(path: Path, target: Target) -> Elf:
+    """Read a linked library and refuse it where it would not run on the target.
+
+    Raises:
+        ArtifactError: another machine's, an executable stack, text relocations, a library or a
+            symbol that the target's system does not have.
+    """
+    cross = CROSS[target.arch]
+    found = read_elf(path.read_bytes())
+    problems = []
+    if (found.machine, found.bits) != (cross.machine, cross.bits):
+        problems.append(
+            f"it is for {found.machine_name} with {found.bits}-bit addresses, not {target.arch}"
+        )
+    if target.arch == "armv7" and found.machine == cross.machine and not found.hard_float:
+        problems.append("it passes floats in integer registers (soft float ABI)")
+    if not found.shared:
+        problems.append("it is no shared library")
+    if found.executable_stack:
+        problems.append("it asks for an executable stack")
+    if found.text_relocations:
+        problems.append("its code has relocations (not position independent)")
+    foreign = sorted(set(found.needed) - LIBRARIES)
+    if foreign:
+        problems.append(f"it needs {', '.join(foreign)}")
+    if found.glibc > OLDEST_GLIBC and target.arch != native().arch:
+        newest, oldest = (".".join(map(str, version)) for version in (found.glibc, OLDEST_GLIBC))
+        problems.append(
+            f"it needs glibc {newest}, boards may have {oldest} (set {cross.variable} to zig: "
+            f"python -m ziglang cc -target {cross.triple}.{oldest})"
+        )
+    unknown = sorted(name for name in found.undefined if name.startswith(("TVM", "__TVM", "tvm")))
+    if unknown:
+        problems.append(f"nothing defines {', '.join(unknown)}")
+    if problems:
+        raise ArtifactError(
+            f"the compiler made a library that would not run on {target.name}: "
+            + "; ".join(problems)
+        )
+    return found
