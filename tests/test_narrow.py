@@ -55,5 +55,5 @@ def test_takes_the_bits_that_the_values_need(values: list[int], bits: int) -> No
         np.arange(5000).astype(np.int8),
     ],
 )
-def test_leaves_what_would_not_pay(array: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_leaves_what_would_not_pay(array: np.ndarray) -> None:
     assert narrow(array) is None

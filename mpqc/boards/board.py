@@ -233,7 +233,7 @@ def _types(described: Mapping[str, Any]) -> dict[str, TensorType]:
 def _stored_bytes(tap: Mapping[str, Any]) -> int:
     """Bytes of a value in the arena."""
     shape, perm = list(tap["shape"]), tap["perm"]
-    stored = list(shape)
+    stored: list[int] = list(shape)
     for axis, source in enumerate(perm):
         stored[source] = shape[axis]
     if tap["form"] == "planes":
