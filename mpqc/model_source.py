@@ -333,6 +333,12 @@ def _identity(target: Target, manifest: Mapping[str, Any]) -> str:
 
 
 def _machine_check(target: Target) -> str:
+    if target.arch == "aarch64" and target.has("dotprod"):
+        # the kernel lists the instruction sets; HWCAP_ASIMDDP has no name in older headers
+        return (
+            "#include <sys/auxv.h>\n"
+            "int mpqc_machine_fits(void) { return (int)(getauxval(AT_HWCAP) >> 20 & 1); }"
+        )
     table = _CPU_CHECKS.get(target.arch, {})
     flags = [flag for feature in sorted(target.features) for flag in table.get(feature, ())]
     tests = " && ".join(f'__builtin_cpu_supports("{flag}")' for flag in flags) or "1"

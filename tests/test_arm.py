@@ -271,6 +271,17 @@ def test_the_demo_model_on_every_target(
     demo_check(target, bits, tmp_path, kernel)
 
 
+def test_a_library_refuses_a_core_that_lacks_its_instructions(tmp_path: Path) -> None:
+    """The right build runs on both cores; the wrong one says so instead of dying."""
+    arm_emulator.emulator("aarch64")
+    cross_compiler(RPI5)
+    demo(RPI5, "w4a4", tmp_path)
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        emulated(tmp_path / "out", RPI5, samples(1), cpu="cortex-a72")
+    assert error.value.returncode == 10 + 6  # MPQC_WRONG_MACHINE
+    emulated(tmp_path / "out", RPI5, samples(1), cpu="cortex-a76")
+
+
 def test_a_board_library_loads_on_old_systems(tmp_path: Path) -> None:
     from mpqc.toolchain import OLDEST_GLIBC, check_library
 
