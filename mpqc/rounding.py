@@ -47,7 +47,8 @@ class Accuracy:
         clipping: of activations: least squared error of the values (``mse``, or what the
             calibration method says), or of the outputs of the layers that read them.
         equalize: move scale between the channels of neighbouring layers before quantizing:
-            ``auto`` where a depthwise convolution stands to gain.
+            everywhere, or around depthwise convolutions alone (``auto``). With a weight scale
+            for each channel it seldom helps.
         samples: of the calibration data, for all but the histograms.
         damping: lambda over the mean square of the inputs.
         order: round columns of large inputs first.
@@ -56,7 +57,7 @@ class Accuracy:
     rounding: Rounding = "gptq"
     bias_correction: bool = True
     clipping: Clipping = "output"
-    equalize: Equalize = "auto"
+    equalize: Equalize = "off"
     samples: int = 128
     damping: float = 0.01
     order: bool = True
