@@ -172,8 +172,8 @@ static int parallel_launch(task_fn task, void* data, int tasks) {
     int status = run_task(w, task, 0, &env, data);
     int spins = 0;
     while (atomic_load_explicit(&m->left, memory_order_acquire)) {
-      if (++spins < SPINS) relax();
-      else sched_yield();
+      if (++spins < SPINS / 8) relax();
+      else sched_yield(); /* on a busy machine the worker may wait for this very core */
     }
     return status || atomic_load(&m->failed);
   }
