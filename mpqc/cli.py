@@ -149,7 +149,7 @@ def compile_(
     equalize: Annotated[
         Literal["auto", "on", "off"],
         Option("--equalize", help="Move scale between channels of neighbouring layers."),
-    ] = "auto",
+    ] = "off",
     strict: Annotated[
         bool, Option("--strict", help="A layer that does not run as planned is an error.")
     ] = False,

@@ -32,8 +32,13 @@ Clipping: TypeAlias = Literal["mse", "output"]
 Equalize: TypeAlias = Literal["auto", "on", "off"]
 
 BLOCK = 64  # columns between two matrix products
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the scale of least squared error, tried below 5 bits
-SWEEPS = 4
+# Products of a pass over a layer's weights -> shares of the scale of least squared error that are
+# tried below 5 bits, and sweeps of the descent: large layers have less to gain and cost the most.
+EFFORT: tuple[tuple[float, tuple[float, ...], int], ...] = (
+    (4e8, (1.0, 0.9, 0.8, 0.7, 0.6), 4),
+    (3e9, (1.0, 0.8), 2),
+    (np.inf, (0.9,), 1),
+)
 
 
 @dataclass(frozen=True)
@@ -204,10 +209,12 @@ def compensate(
     fitted = _nearest(target.astype(np.float32), widths)
     search.take(*fitted)
     upper = np.swapaxes(np.linalg.cholesky(gram), 1, 2)
-    for share in SHARES if widths.min() <= 4 else (1.0,):
+    work = groups * rows * columns**2
+    shares, sweeps = next((shares, sweeps) for most, shares, sweeps in EFFORT if work <= most)
+    for share in shares if widths.min() <= 4 else (1.0,):
         scale = _guarded(fitted[1] * share)
         search.take(_successive(target, upper, scale, levels), scale)
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         if not search.improve():
             break
     back = np.argsort(rank, axis=1)
