@@ -5,6 +5,7 @@ reads the file itself (``elf``), so that a bad build never leaves this machine.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def find_compiler(target: Target, host_arch: str) -> list[str]:
             return [name]
     if own:
         raise EnvironmentLacks("no C compiler found: install gcc or clang, or set CC")
-    return _clang(cross) or _zig(cross) or _missing(target.arch, cross)
+    # zig leaves out the division routines that 32-bit ARM needs
+    zig = _zig(cross) if target.arch != "armv7" else []
+    return _clang(cross) or zig or _missing(target.arch, cross)
 
 
 def _clang(cross: Cross) -> list[str]:
@@ -106,9 +109,10 @@ def _zig(cross: Cross) -> list[str]:
 
 
 def _missing(arch: str, cross: Cross) -> list[str]:
+    zig = "" if arch == "armv7" else "or zig from its wheel (pip install ziglang), "
     raise EnvironmentLacks(
         f"no cross compiler for {arch}: install {cross.prefix}-gcc (Debian: apt install "
-        f"{cross.package}), or zig from its wheel (pip install ziglang), or set {cross.variable}"
+        f"{cross.package}), {zig}or set {cross.variable}"
     )
 
 
@@ -152,6 +156,12 @@ LIBRARIES = frozenset({
 })  # fmt: skip
 
 
+# TVM's runtime, and routines of the compiler's own library; glibc's names of that form are few.
+_UNKNOWN = re.compile(
+    r"_*TVM|tvm|__(?!errno_location$|assert_fail$|stack_chk|tls_get_addr$|getauxval$|cxa_|\w+_chk$|gmon_start)"
+)
+
+
 def check_library(path: Path, target: Target) -> Elf:
     """Read a linked library and refuse it where it would not run on the target.
 
@@ -183,7 +193,7 @@ def check_library(path: Path, target: Target) -> Elf:
             f"it needs glibc {newest}, boards may have {oldest} (set {cross.variable} to zig: "
             f"python -m ziglang cc -target {cross.triple}.{oldest})"
         )
-    unknown = sorted(name for name in found.undefined if name.startswith(("TVM", "__TVM", "tvm")))
+    unknown = sorted(name for name in found.undefined if _UNKNOWN.match(name))
     if unknown:
         problems.append(f"nothing defines {', '.join(unknown)}")
     if problems:

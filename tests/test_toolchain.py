@@ -70,9 +70,12 @@ def test_the_order_is_gnu_clang_zig(
     tools()
     (tmp_path / "ziglang").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert find_compiler(V7, "x86_64") == [
-        sys.executable, "-m", "ziglang", "cc", "-target", "arm-linux-gnueabihf.2.27"
+    assert find_compiler(RPI4, "x86_64") == [
+        sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.27"
     ]  # fmt: skip
+    with pytest.raises(EnvironmentLacks) as error:
+        find_compiler(V7, "x86_64")
+    assert "zig" not in str(error.value)
 
 
 def test_clang_without_the_targets_library_is_passed_over(
@@ -162,6 +165,11 @@ def test_foreign_libraries_and_symbols_are_refused(tmp_path: Path) -> None:
     source = "int TVMFFIErrorSet(void); int f(void) { return TVMFFIErrorSet(); }"
     path = link(RPI4, tmp_path, source=source)
     with pytest.raises(ArtifactError, match="nothing defines TVMFFIErrorSet"):
+        check_library(path, RPI4)
+    path = link(
+        RPI4, tmp_path, source="int __divsi3(int, int); int f(void) { return __divsi3(6, 2); }"
+    )
+    with pytest.raises(ArtifactError, match="nothing defines __divsi3"):
         check_library(path, RPI4)
     path = link(RPI4, tmp_path, "-Wl,--no-as-needed", "-l:libdl.so.2")
     with pytest.raises(ArtifactError, match=r"it needs libdl\.so\.2"):
