@@ -234,9 +234,9 @@ def samples(count: int) -> Array:
     return images
 
 
-def reference(folder: Path, images: Array) -> Array:
+def reference(folder: Path, images: Array, value: str = "input") -> Array:
     session = Session((folder / "reference.onnx").read_bytes())
-    rows = [session.run({"input": images[i : i + 1]}) for i in range(len(images))]
+    rows = [session.run({value: images[i : i + 1]}) for i in range(len(images))]
     return np.concatenate([next(iter(row.values())).reshape(-1) for row in rows])
 
 
@@ -269,6 +269,35 @@ def test_the_demo_model_on_every_target(
     target: Target, kernel: str, bits: str, tmp_path: Path
 ) -> None:
     demo_check(target, bits, tmp_path, kernel)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "bits"),
+    [
+        ("cifar10_resnet8", "rpi4", "w2a2"),
+        pytest.param("mobilenet_v1_0.25_224", "rpi4", "w2a2", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v1_0.25_224", "rpi3", "w4a4", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v1_0.25_224", "rpi5", "w8a8", marks=pytest.mark.slow),
+        pytest.param("cifar10_resnet20", "armv7", "w2a2", marks=pytest.mark.slow),
+        pytest.param("cifar10_resnet20", "aarch64", "w1a1", marks=pytest.mark.slow),
+    ],
+)
+def test_trained_models_give_the_bits_of_their_reference(
+    model: str, name: str, bits: str, shared_models: Path, tmp_path: Path
+) -> None:
+    target, path = TARGETS[name], shared_models / f"{model}.onnx"
+    arm_emulator.emulator(target.arch)
+    cross_compiler(target)
+    graph = import_model(path)
+    [(value, kind)] = graph.inputs.items()
+    generator = np.random.default_rng(0)
+    arrays = generator.normal(size=(4, *kind.shape[1:])).astype(kind.dtype)
+    options = Options(target, max_samples=4)
+    data = open_data({value: arrays}, graph)
+    compile_model(path, tmp_path / "out", options, bits=Precision.parse(bits), data=data)
+    images = arrays[:2]
+    expected = reference(tmp_path / "out", images, value)
+    np.testing.assert_array_equal(emulated(tmp_path / "out", target, images), expected)
 
 
 def test_a_library_refuses_a_core_that_lacks_its_instructions(tmp_path: Path) -> None:
