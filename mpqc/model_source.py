@@ -17,7 +17,7 @@ from mpqc.target import Target
 
 CSRC = Path(__file__).parent / "csrc"
 DEFAULT_PREFIX = "mpqc"
-INSTANCE_BYTES, WORKER_BYTES = 512, 64  # runtime.c checks that its structs fit
+INSTANCE_BYTES, WORKER_BYTES = 256, 64  # runtime.c checks that its structs fit
 
 # CPU features that the library asks the processor for before it runs, by mpqc's feature names.
 _CPU_CHECKS = {

@@ -410,7 +410,14 @@ def compile_real(model: Path, bits: str, output: Path, form: Form, target: str =
 
 
 @pytest.mark.parametrize(
-    "name", ["mnist_cnn", "cifar10_resnet8", "mobilenet_v1_0.25_224", "magika_standard_v3_3"]
+    "name",
+    [
+        "ad01_autoencoder",
+        "mnist_cnn",
+        "cifar10_resnet8",
+        "mobilenet_v1_0.25_224",
+        "magika_standard_v3_3",
+    ],
 )
 def test_scratch_memory_is_near_the_least(name: str, shared_models: Path, tmp_path: Path) -> None:
     form = Form(static=True, bare=True)
