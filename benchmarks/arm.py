@@ -51,7 +51,7 @@ _MARKERS = {
     },
     "bitplane-lut": {r"tbl\b.*\.16b, ?v\d+\.16b|tbl\b.*\.16b": 64.0},
     "multiply-add": {r"[su]mlal2?\b.*\.4s|vmlal\.[su]16|vmla\.i32\s+q": 4.0},
-    "smlal": {r"sm(?:ull|lal)2?\b.*\.8h": 8.0},
+    "smlal": {r"sm(?:ull|lal)2?\b.*\.8h|vm(?:ull|lal)\.s8": 8.0},
     "sdot": {r"sdot\b": 16.0},
 }  # fmt: skip
 _LABEL = re.compile(r"^(\.L\w+):")
@@ -264,6 +264,8 @@ def kernels_of(core: str, weight: int, activation: int) -> list[str]:
             found += ["smull32-offset"] if offset else []
             if 2 ** (weight - 1) * (2**activation - 1) < 2**13:
                 found.append("smlal32-small")
+    else:
+        found.append("vmlal16-offset" if activation == 8 else "vmlal16")
     return [*found, "multiply-add"]
 
 

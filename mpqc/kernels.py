@@ -233,6 +233,8 @@ def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
     blocks = -(-layer.group_out // lanes)
     if target.arch == "aarch64":
         pairs = _NEON_TILES[kind]
+    elif kind == "long":  # 16 registers, twice as many halves
+        pairs = ((2, 1), (4, 1), (1, 1))
     elif kind == "lut" and layer.window.ow >= 56 and blocks % 2 == 0:  # tables come from L2
         pairs = _LARGE_LUT[width]
     else:

@@ -142,14 +142,14 @@ def _int8_variant(layer: Layer, weight: Array, target: Target) -> str:
 
 def _neon_variant(layer: Layer, largest: int, target: Target) -> str:
     """The int8 instruction of an ARM core; codes of 8 bits are stored less 128."""
-    if target.arch != "aarch64":
-        return "multiply-add"
     wide = layer.activation_bits > 7
     offset = "-offset" if wide else ""
     if target.has("dotprod"):
         return f"sdot{offset}"
     product = largest * (128 if wide else 2**layer.activation_bits - 1)
     multiply = "smlal" if product <= most_product(16) else "smull"
+    if target.arch == "armv7":
+        return f"v{multiply[1:]}16{offset}"
     run = layer.run_pixels * layer.image[3]
     if -(-run // 32) * 32 > 1.2 * -(-run // 16) * 16:
         return f"{multiply}16{offset}"
@@ -185,7 +185,7 @@ _CORES: Mapping[str, _Core] = {
         {"smull16": 6.0, "smlal16": 6.8, "smull32": 6.5, "smlal32": 7.5, "multiply-add": 2.9}, 14,
     ),
     "cortex-a76": _Core(70.0, 58.0, {"sdot": 19.5, "multiply-add": 2.9}, 10),
-    "cortex-a9": _Core(17.0, 0.0, {"multiply-add": 0.8}, 0),
+    "cortex-a9": _Core(17.0, 0.0, {"vmull16": 2.6, "vmlal16": 3.0, "multiply-add": 0.8}, 0),
 }  # fmt: skip
 
 

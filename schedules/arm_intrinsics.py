@@ -14,9 +14,12 @@ from tvm.script import tirx as T
 from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
 
 LANES = 4
-_PRODUCTS = "llvm.aarch64.neon.smull.v8i16"
-_WIDEN = "llvm.aarch64.neon.saddlp.v4i32.v8i16"
-_PAIRS = "llvm.aarch64.neon.addp.v4i32"
+_PRODUCTS = {"aarch64": "llvm.aarch64.neon.smull.v8i16", "arm": "llvm.arm.neon.vmulls.v8i16"}
+_WIDEN = {
+    "aarch64": "llvm.aarch64.neon.saddlp.v4i32.v8i16",
+    "arm": "llvm.arm.neon.vpaddls.v4i32.v8i16",
+}
+_PAIRS = {"aarch64": "llvm.aarch64.neon.addp.v4i32", "arm": "llvm.arm.neon.vpadd.v2i32"}
 
 
 # Adds neighbouring bytes of its operand in uint16; LLVM joins it with the addition to uadalp.
@@ -84,7 +87,7 @@ def _sum(values: list[Any]) -> Any:
     return reduce(add, values)
 
 
-def long_dot(group: int, chain: int, data: str) -> Any:
+def long_dot(group: int, chain: int, data: str, arch: str) -> Any:
     """``C[i] += sum_k A[k] * B[i, k]`` over four channels by smull, smlal and saddlp.
 
     Exact while ``|a * b| <= most_product(chain)`` and codes fit int8. The four channels' sums are
@@ -95,6 +98,7 @@ def long_dot(group: int, chain: int, data: str) -> Any:
         chain: of them, those that are summed in int16 before they are widened; a multiple of 8
             that divides the group.
         data: element type of the codes.
+        arch: LLVM's name of the instruction set, "aarch64" or "arm".
 
     Returns:
         The instruction side of the intrinsic; its meaning is that of every dot product.
@@ -103,20 +107,30 @@ def long_dot(group: int, chain: int, data: str) -> Any:
 
     def widened(codes: list[Any], weights: list[Any]) -> Any:
         """int32x4 whose sum is that of a chain."""
-        number = llvm_intrinsic(_PRODUCTS)
+        number = llvm_intrinsic(_PRODUCTS[arch])
         products = [
             T.call_llvm_pure_intrin(number, code, weight, dtype="int16x8")
             for code, weight in zip(codes, weights, strict=True)
         ]
-        return T.call_llvm_pure_intrin(llvm_intrinsic(_WIDEN), _sum(products), dtype="int32x4")
+        return T.call_llvm_pure_intrin(
+            llvm_intrinsic(_WIDEN[arch]), _sum(products), dtype="int32x4"
+        )
 
     def channel(codes: list[Any], weights: list[Any]) -> Any:
         """int32x4 whose sum is the channel's."""
         starts = range(0, group // 8, eights)
         return _sum([widened(codes[i : i + eights], weights[i : i + eights]) for i in starts])
 
+    def pairs(a: Any, b: Any, lanes: int) -> Any:
+        number = llvm_intrinsic(_PAIRS[arch])
+        return T.call_llvm_pure_intrin(number, a, b, dtype=f"int32x{lanes}")
+
     def fold(a: Any, b: Any) -> Any:
-        return T.call_llvm_pure_intrin(llvm_intrinsic(_PAIRS), a, b, dtype="int32x4")
+        """Sums of neighbours of a, then of b; 32-bit ARM adds halves of vectors alone."""
+        if arch == "aarch64":
+            return pairs(a, b, 4)
+        sums = [pairs(T.vectorlow("int32x2", v), T.vectorhigh("int32x2", v), 2) for v in (a, b)]
+        return T.vectorcombine("int32x4", *sums)
 
     def halves(load: Any, kind: str) -> list[Any]:
         """Vectors of eight, loaded by sixteens from an offset in elements."""

@@ -28,7 +28,7 @@ class Dot:
         flush: LLVM intrinsic that adds the halves in int32.
         offset: what is taken from every code before it is multiplied, so that it fits ``data``.
         chain: products that are summed in int16, of a step of several instructions
-            (``arm_intrinsics.long_dot``); 0 where ``llvm`` is the step.
+            (``arm_intrinsics.long_dot`` for the instruction set ``llvm``); 0 where ``llvm`` is it.
     """
 
     lanes: int
@@ -84,14 +84,17 @@ DOTS: dict[str, Dot] = {
     # ones are stored less 128, and the correction of each channel puts 128 * sum(w) back.
     "sdot": Dot(4, 4, "uint8", "int8", _SDOT, accumulates=True),
     "sdot-offset": Dot(4, 4, "int8", "int8", _SDOT, accumulates=True, offset=128),
-    "smlal16": Dot(4, 16, "uint8", "int8", "", chain=16),
-    "smlal16-offset": Dot(4, 16, "int8", "int8", "", offset=128, chain=16),
-    "smlal32": Dot(4, 32, "uint8", "int8", "", chain=16),
-    "smlal32-offset": Dot(4, 32, "int8", "int8", "", offset=128, chain=16),
+    "smlal16": Dot(4, 16, "uint8", "int8", "aarch64", chain=16),
+    "smlal16-offset": Dot(4, 16, "int8", "int8", "aarch64", offset=128, chain=16),
+    "smlal32": Dot(4, 32, "uint8", "int8", "aarch64", chain=16),
+    "smlal32-offset": Dot(4, 32, "int8", "int8", "aarch64", offset=128, chain=16),
     # -128 * -128 twice does not fit int16: each product is widened on its own.
-    "smull16-offset": Dot(4, 16, "int8", "int8", "", offset=128, chain=8),
-    "smull32-offset": Dot(4, 32, "int8", "int8", "", offset=128, chain=8),
-    "smlal32-small": Dot(4, 32, "uint8", "int8", "", chain=32),  # products of up to 13 bits
+    "smull16-offset": Dot(4, 16, "int8", "int8", "aarch64", offset=128, chain=8),
+    "smull32-offset": Dot(4, 32, "int8", "int8", "aarch64", offset=128, chain=8),
+    "vmlal16": Dot(4, 16, "uint8", "int8", "arm", chain=16),
+    "vmlal16-offset": Dot(4, 16, "int8", "int8", "arm", offset=128, chain=16),
+    "vmull16-offset": Dot(4, 16, "int8", "int8", "arm", offset=128, chain=8),
+    "smlal32-small": Dot(4, 32, "uint8", "int8", "aarch64", chain=32),  # products of up to 13 bits
 }
 
 
@@ -99,7 +102,9 @@ DOTS: dict[str, Dot] = {
 def register_dot(name: str) -> str:
     """Register the intrinsic with TVM once; return the name that ``tensorize`` takes."""
     dot = DOTS[name]
-    folded = arm_intrinsics.long_dot(dot.group, dot.chain, dot.data) if dot.chain else None
+    folded = (
+        arm_intrinsics.long_dot(dot.group, dot.chain, dot.data, dot.llvm) if dot.chain else None
+    )
     TensorIntrin.register(f"mpqc.{name}", _meaning(dot), folded or _instruction(dot))
     return f"mpqc.{name}"
 

@@ -76,7 +76,8 @@ def test_a_fallback_says_why() -> None:
         (layer(channels=3), TARGETS["rpi4"], "smlal16"),
         (layer(), TARGETS["rpi5"], "sdot"),
         (layer(activation=8), TARGETS["rpi5"], "sdot-offset"),
-        (layer(), TARGETS["armv7"], "multiply-add"),
+        (layer(), TARGETS["armv7"], "vmlal16"),
+        (layer(activation=8), TARGETS["armv7"], "vmlal16-offset"),
         (layer(group=8), TARGETS["rpi5"], "multiply-add"),
     ],
 )
