@@ -32,6 +32,7 @@ ROWS = 4096  # of a layer at least, where the data have them, and
 ROWS_PER_COLUMN = 32
 CLIPPING_ROWS = 2048
 MAX_COLUMNS = 5120  # beyond, the square matrices are too large: round to nearest
+PRODUCTS = 1e11  # of the square matrix of a layer's inputs: bounds its time, not below ROWS
 BYTES = 2**28  # of one layer's rows, and of values kept for each of the two graphs
 CHUNK = 4096  # rows in a product
 SHARES = (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4, 1.6)  # of an activation's scale
@@ -293,7 +294,7 @@ class _Rows:
                     "check the preprocessing"
                 )
         groups, _, columns = self.weights.shape
-        fit = BYTES // (4 * groups * columns)
+        fit = min(BYTES // (4 * groups * columns), max(ROWS, int(PRODUCTS / columns**2)))
         share = ceil(min(max(ROWS, ROWS_PER_COLUMN * columns), fit) / batches)
         positions = self.geometry.positions(x)
         at = np.arange(positions)
