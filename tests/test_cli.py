@@ -427,7 +427,13 @@ def test_compile_as_json(tmp_path: Path) -> None:
     assert {layer["run"] for layer in told["manifest"]["layers"]} == {"w2a4"}
     assert {layer["kernel"] for layer in told["manifest"]["layers"]} == {"bitplane"}
     assert told["manifest"]["inputs"]["input"]["shape"] == [2, 1, 8, 8]
-    assert told["manifest"]["calibration"] == {"method": "minmax", "max_samples": 20, "seed": 3}
+    calibration = told["manifest"]["calibration"]
+    assert calibration["accuracy"]["rounding"] == "gptq"
+    assert {key: calibration[key] for key in ("method", "max_samples", "seed")} == {
+        "method": "minmax",
+        "max_samples": 20,
+        "seed": 3,
+    }
     texts = sorted(dump.iterdir())
     assert [path.name[:2] for path in texts] == [f"{n:02d}" for n in range(1, len(texts) + 1)]
     assert texts[0].name == "01-fold-batch-norm.txt"

@@ -6,6 +6,7 @@ from mpqc.plan import Plan
 from mpqc.search.problem import Problem
 
 SAMPLES = 128
+CALIBRATION_SAMPLES = 256  # as mpqc compile takes
 
 
 def output_noise(
@@ -14,14 +15,14 @@ def output_noise(
     """Noise to signal at the outputs of the quantized network, on calibration data.
 
     ``sum |y - y_quantized|**2 / sum |y|**2`` over float outputs and samples; the quantized network
-    is the exact integer graph, rounded to nearest with bias correction.
+    is the exact integer graph, rounded as ``mpqc compile`` rounds it by default.
 
     Args:
         graph: folded float graph at the batch size of ``data``.
         plan: widths.
-        data: calibration data; the same samples calibrate and compare.
-        seed: of the sample.
-        samples: at most so many.
+        data: calibration data.
+        seed: of the samples: one draw to calibrate and round on, another to compare.
+        samples: at most so many of each.
     """
     import numpy as np
 
@@ -29,14 +30,20 @@ def output_noise(
     from mpqc.onnx_export import to_onnx
     from mpqc.ort import Session
     from mpqc.passes.quantize_layers import tensors_to_calibrate
+    from mpqc.passes.round_layers import round_layers
     from mpqc.pipeline import quantize
+    from mpqc.rounding import Accuracy
 
-    sample = data.sample(samples, seed)
-    calibration = calibrate(graph, sample, tensors_to_calibrate(graph, plan), samples, seed)
+    tensors = tensors_to_calibrate(graph, plan)
+    calibration = calibrate(graph, data, tensors, CALIBRATION_SAMPLES, seed)
+    rounded = None
+    if plan.narrow:
+        accuracy = Accuracy(samples=samples)
+        rounded = round_layers(graph, plan, calibration, data, accuracy, seed=seed)
     exact = Session(to_onnx(graph), optimise=True)
-    quantized = Session(to_onnx(quantize(graph, plan, calibration)))
+    quantized = Session(to_onnx(quantize(graph, plan, calibration, rounded=rounded)))
     noise = signal = 0.0
-    for feed in sample.feeds():
+    for feed in data.sample(samples, seed + 1).feeds():
         wanted, got = exact.run(feed), quantized.run(feed)
         for name, values in wanted.items():
             if np.issubdtype(values.dtype, np.floating):
