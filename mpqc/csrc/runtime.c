@@ -18,6 +18,7 @@
 #endif
 
 #define SPINS 4000 /* turns that a worker waits awake: about the gap between two kernels */
+#define TURNS_TO_YIELD 32 /* about a microsecond: what sharing a core may cost at each kernel */
 
 typedef struct {
   void* sync_handle;
@@ -124,6 +125,12 @@ static inline void relax(void) {
 }
 
 #ifndef MPQC_NO_THREADS
+/* Whoever is waited for may wait for this very core: on a busy machine threads share one. */
+static void wait_turn(int turn) {
+  if (turn % TURNS_TO_YIELD) relax();
+  else sched_yield();
+}
+
 static void* work(void* argument) {
   struct worker* w = argument;
   struct mpqc_model* m = w->model;
@@ -133,7 +140,7 @@ static void* work(void* argument) {
     int spins = 0;
     while (atomic_load_explicit(&m->round, memory_order_acquire) == seen) {
       if (++spins < SPINS) {
-        relax();
+        wait_turn(spins);
         continue;
       }
       pthread_mutex_lock(&m->lock);
@@ -171,10 +178,7 @@ static int parallel_launch(task_fn task, void* data, int tasks) {
     group_env env = {NULL, m->threads};
     int status = run_task(w, task, 0, &env, data);
     int spins = 0;
-    while (atomic_load_explicit(&m->left, memory_order_acquire)) {
-      if (++spins < SPINS / 8) relax();
-      else sched_yield(); /* on a busy machine the worker may wait for this very core */
-    }
+    while (atomic_load_explicit(&m->left, memory_order_acquire)) wait_turn(++spins);
     return status || atomic_load(&m->failed);
   }
 #endif
