@@ -1,6 +1,7 @@
 """Losses by layer and precision: the table that a solver reads and a user inspects."""
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Scores:
     def gain(self, layer: str, precision: Precision) -> float:
         """Loss that the precision saves against the worst candidate of the layer."""
         row = self.losses[layer]
+        if precision not in row:  # a uniform plan may mix widths that no score was made for
+            return math.nan
         return max(row.values()) - row[precision]
 
     def save_csv(self, path: str | Path) -> None:

@@ -78,3 +78,16 @@ def test_a_better_plan_stays() -> None:
         assert "mixed wins over uniform" in "\n".join(report.summary(result))
     else:
         assert result.noise["uniform"] < result.noise["plan"]
+
+
+def test_a_uniform_plan_without_scores_is_shown_all_the_same() -> None:
+    """EAGL scores w2a2 and w4a4 only; the uniform plan that replaces it may hold w2a4."""
+    result = search_plan(
+        DEMO.model,
+        method="eagl",
+        budgets="bitops=w3a3",
+        data=Path(DEMO.calibration),
+        confirmed=True,
+    )
+    assert report.to_json(result)["noise"] == dict(result.noise)
+    report.table(result)
