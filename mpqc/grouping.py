@@ -69,9 +69,8 @@ def form_groups(graph: Graph) -> list[Group]:
     rank = {node.name: index for index, node in enumerate(order)}
     for group in groups:
         group.nodes.sort(key=lambda node: rank[node.name])
-    heads = {group.nodes[0].name: group for group in groups}
     roots = {name: groups[index] for name, index in owner.items()}
-    return _sequence(graph, dag, roots, heads, rank)
+    return _sequence(graph, dag, roots, rank)
 
 
 def _own_dequantizes(graph: Graph, node: Node, owner: dict[str, int]) -> list[Node]:
@@ -122,11 +121,9 @@ def _sequence(
     graph: Graph,
     dag: Any,
     owner: dict[str, Group],
-    heads: dict[str, Group],
     rank: dict[str, int],
 ) -> list[Group]:
     """Topological order of the contracted graph; float nodes gather into maximal runs."""
-    del heads
     waiting = {name: dag.in_degree(name) for name in dag}
     ready = sorted((name for name, count in waiting.items() if not count), key=rank.__getitem__)
     result: list[Group] = []

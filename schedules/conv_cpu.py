@@ -6,7 +6,7 @@ tile, so that no int32 goes to memory. Blocks of output channels are the outer l
 weights stay in cache while the packed image, which is small, streams by.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -234,6 +234,3 @@ def grouped_conv(
     sch.unroll(vector)
     sch.vectorize(lane)
     sch.decompose_reduction(acc, ky)
-
-
-Rule = Callable[..., None]
