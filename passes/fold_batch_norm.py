@@ -39,23 +39,10 @@ class FoldBatchNorm(Pass):
 
 
 def _absorb(graph: Graph, layer: Node) -> Graph:
-    constant = all(name in graph.constants for name in layer.inputs[1:] if name)
-    if not constant or not graph.type(layer.output).dtype.startswith("float"):
-        return graph
-    shape = graph.shape(layer.output)
-    axis = len(shape) - 1 if layer.op == "MatMul" else 1
-    if layer.op == "MatMul" and (len(shape) != 2 or len(graph.shape(layer.inputs[1])) != 2):
-        return graph
-    scale, shift = np.ones(shape[axis]), np.zeros(shape[axis])
-    absorbed: list[Node] = []
-    value = layer.output
-    while (step := _next_affine(graph, value, axis)) is not None:
-        node, factor, offset = step
-        scale, shift = scale * factor, shift * factor + offset
-        absorbed.append(node)
-        value = node.output
+    absorbed, scale, shift = affine_chain(graph, layer)
     if not absorbed:
         return graph
+    value = absorbed[-1].output
     weight, bias = _scaled(graph, layer, scale, shift)
     names = (fresh(graph, f"{layer.name}.weight"), fresh(graph, f"{layer.name}.bias"))
     attrs = {key: kind for key, kind in layer.attrs.items() if key != "beta"}
@@ -71,6 +58,36 @@ def _absorb(graph: Graph, layer: Node) -> Graph:
         [merged if node is layer else node for node in graph if node.name not in gone],
         constants=dict(zip(names, (weight, bias), strict=True)),
     )
+
+
+def affine_chain(graph: Graph, layer: Node) -> tuple[list[Node], Vector, Vector]:
+    """Nodes behind a layer that it can absorb, and what they do: ``scale * y + shift``.
+
+    Args:
+        graph: BatchNormalization in inference mode.
+        layer: Conv, ConvTranspose, Gemm or MatMul.
+
+    Returns:
+        The nodes in order, float64 [channels] and float64 [channels]; no nodes and ones and zeros
+        where there is nothing to absorb.
+    """
+    shape = graph.shape(layer.output)
+    axis = len(shape) - 1 if layer.op == "MatMul" else 1
+    channels = shape[axis] if axis < len(shape) else 1
+    scale, shift = np.ones(channels), np.zeros(channels)
+    absorbed: list[Node] = []
+    constant = all(name in graph.constants for name in layer.inputs[1:] if name)
+    if not constant or not graph.type(layer.output).dtype.startswith("float"):
+        return absorbed, scale, shift
+    if layer.op == "MatMul" and (len(shape) != 2 or len(graph.shape(layer.inputs[1])) != 2):
+        return absorbed, scale, shift
+    value = layer.output
+    while (step := _next_affine(graph, value, axis)) is not None:
+        node, factor, offset = step
+        scale, shift = scale * factor, shift * factor + offset
+        absorbed.append(node)
+        value = node.output
+    return absorbed, scale, shift
 
 
 def _next_affine(graph: Graph, value: str, axis: int) -> tuple[Node, Vector, Vector] | None:
