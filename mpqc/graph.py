@@ -192,6 +192,13 @@ class Graph:
             if value in self._producer:
                 self._dag.add_edge(self._producer[value], node.name)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
+        parts = (dict(self.inputs), self.outputs, tuple(self), dict(self.constants))
+        return (Graph, (*parts, dict(self._types), self.opset))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Graph":
+        return self  # nobody can change it
+
     def __getitem__(self, name: str) -> Node:
         node: Node = self._dag.nodes[name]["node"]
         return node

@@ -1,3 +1,4 @@
+import copy
 import pickle
 
 import numpy as np
@@ -106,3 +107,18 @@ def test_refuses_types_that_are_not_static(text: str) -> None:
 def test_types_know_their_size() -> None:
     kind = TensorType.parse("i16[2,3]")
     assert (str(kind), kind.elements, kind.nbytes) == ("i16[2,3]", 6, 12)
+
+
+def test_a_graph_travels_to_another_process_as_it_is() -> None:
+    graph = Graph.parse(
+        """
+        %x = Input() : f32[1,4]
+        %w = Constant() : f32[4,2]
+        %y = MatMul(%x, %w) : f32[1,2]
+        return %y
+        """
+    )
+    twin = pickle.loads(pickle.dumps(graph))
+    assert str(twin) == str(graph)
+    np.testing.assert_array_equal(twin.constants["w"], graph.constants["w"])
+    assert copy.deepcopy(graph) is graph
