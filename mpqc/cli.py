@@ -112,6 +112,14 @@ def compile_(
         str,
         Option("--kernel", metavar="KIND", help="Force bitplane, bitplane-lut or int8 kernels."),
     ] = "auto",
+    latency_table: Annotated[
+        Path | None,
+        Option(
+            "--latency-table",
+            metavar="F.csv",
+            help="Of mpqc profile: kernels are chosen by it; by default the cache's.",
+        ),
+    ] = None,
     static: Annotated[bool, Option("--static", help="Also a static library, model.a.")] = False,
     prefix: Annotated[
         str,
@@ -188,7 +196,8 @@ def compile_(
         seed,
         strict,
         form,
-        accuracy=Accuracy(rounding, bias_correction, clipping, equalize),
+        latency_table or "cache",
+        Accuracy(rounding, bias_correction, clipping, equalize),
     )
     widths = None if bits is None else Precision.parse(bits)
     ends = None if first_last == "same" else Precision.parse(first_last)

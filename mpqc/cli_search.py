@@ -1,7 +1,8 @@
 """The verbs ``search`` and ``methods``; ``register`` adds them to the command line."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -21,6 +22,10 @@ from mpqc.cli_options import (
     parse_dims,
 )
 from mpqc.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpqc.forecast import Expectation
+    from mpqc.search import SearchResult
 
 BASELINES = frozenset({"uniform", "random", "reverse"})  # wanted as they are
 
@@ -145,7 +150,33 @@ def search(
     if result.scores is not None and scores_csv is not None:
         result.scores.save_csv(scores_csv)
     result.plan.save(output)
-    console.show(report.to_json(result), as_json, lambda: report.table(result))
+    kernels = _kernels(model, dims, result, target, threads, latency_table, cache)
+    console.show(report.to_json(result, kernels), as_json, lambda: report.table(result, kernels))
+
+
+def _kernels(
+    model: Path,
+    dims: "Mapping[str, int]",
+    result: "SearchResult",
+    target: str,
+    threads: int,
+    latency_table: Path | None,
+    cache: Path | None,
+) -> "dict[str, Expectation]":
+    """What will run each layer of the plan on the target."""
+    from mpqc.forecast import expect_plan
+    from mpqc.latency import LatencyTable, cached_table
+    from mpqc.pipeline import import_model
+    from mpqc.select_kernel import Selector
+    from mpqc.target import find_target
+
+    machine = find_target(target)
+    known = LatencyTable.load(latency_table) if latency_table else None
+    if known is None and machine.runs_here:
+        known = cached_table(machine, threads, cache)
+    asked = {name: layer.kernel for name, layer in result.plan.layers.items()}
+    selector = Selector(machine, by_layer=asked, table=known)
+    return expect_plan(import_model(model, dims), result.widths(), selector)
 
 
 def methods(as_json: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:

@@ -1,7 +1,8 @@
 """A search's result for programs and for people."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -13,10 +14,21 @@ from mpqc.search import SearchResult, precisions
 from mpqc.search.base import Method
 from mpqc.search.solve import describe
 
+if TYPE_CHECKING:
+    from mpqc.forecast import Expectation
 
-def to_json(result: SearchResult) -> dict[str, Any]:
-    """The plan, the cost of each layer, and the uniform plan beside it."""
+
+def to_json(
+    result: SearchResult, kernels: "Mapping[str, Expectation] | None" = None
+) -> dict[str, Any]:
+    """The plan, the cost of each layer, and the uniform plan beside it.
+
+    Args:
+        result: of the search.
+        kernels: what is expected to run each layer, where a target is known.
+    """
     problem, plan = result.problem, result.plan
+    expected = kernels or {}
     layers = []
     for row in _rows(result):
         name, precision, gain, costs, shares = row
@@ -26,6 +38,8 @@ def to_json(result: SearchResult) -> dict[str, Any]:
                 "weight_bits": precision.weight,
                 "activation_bits": precision.activation,
                 "kernel": plan.layers[name].kernel,
+                "expected_kernel": expected[name].kernel if name in expected else None,
+                "gain_over_int8": expected[name].gain if name in expected else None,
                 "searched": len(problem.choices[name]) > 1,
                 "gain": gain,
                 "cost": costs,
@@ -51,14 +65,18 @@ def to_json(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def table(result: SearchResult) -> RenderableType:
-    """A row a layer, and where the budget went."""
-    problem = result.problem
+def table(
+    result: SearchResult, kernels: "Mapping[str, Expectation] | None" = None
+) -> RenderableType:
+    """A row a layer, and where the budget went; ``kernels`` as ``to_json`` takes them."""
+    problem, expected = result.problem, kernels or {}
     objectives = list(problem.costs)
     made = Table(title="plan", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     made.add_column("layer", overflow="fold")
     made.add_column("widths", no_wrap=True)
     made.add_column("candidates", no_wrap=True)
+    if expected:
+        made.add_column("kernel", no_wrap=True)
     for column in ("gain", *(f"{name} share" for name in objectives)):
         made.add_column(column, justify="right", no_wrap=True)
     for name, precision, gain, _, shares in _rows(result):
@@ -67,6 +85,7 @@ def table(result: SearchResult) -> RenderableType:
             Text(name),
             str(precision),
             "pinned" if count == 1 else str(count),
+            *((expected[name].kernel,) if expected else ()),
             "" if gain is None or count == 1 else f"{gain:.3g}",
             *(f"{shares[objective]:.1%}" for objective in objectives),
         )

@@ -53,6 +53,20 @@ def test_json(app: typer.Typer, model: Path, tmp_path: Path) -> None:
     assert found["plan"] == {"tensors": {}} | json.loads(plan.read_text())
 
 
+def test_names_the_kernel_that_will_run_each_layer(
+    app: typer.Typer, model: Path, tmp_path: Path
+) -> None:
+    uniform = ["search", model, "--method", "uniform", "--budget", "bitops=w1a1", "--no-cache"]
+    avx2 = [*uniform, "--widths", "w1a1", "--target", "x86-64-v3", "-o"]
+    found = json.loads(run(app, *avx2, tmp_path / "a", "--json").stdout)
+    kernels = [row["expected_kernel"] for row in found["layers"]]
+    assert kernels[0] == "int8"  # three channels, eight bits
+    body = [row for row in found["layers"] if row["weight_bits"] == 1]
+    assert {row["expected_kernel"] for row in body} <= {"bitplane", "bitplane-lut"}
+    assert max(row["gain_over_int8"] for row in body) > 2
+    assert body[-1]["expected_kernel"] in run(app, *avx2, tmp_path / "b").output
+
+
 def test_tables_of_losses(app: typer.Typer, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     table, plot = tmp_path / "t.csv", tmp_path / "t.png"
