@@ -79,6 +79,16 @@ def extract(model: bytes, known: Mapping[str, TensorType], result: str, kind: Te
     return bytes(whole.SerializeToString(deterministic=True))
 
 
+def open_batch(model: bytes, name: str = "N") -> bytes:
+    """Let the first axis of inputs and outputs be of any extent; inner types are dropped."""
+    proto = _parse(model)
+    for info in (*proto.graph.input, *proto.graph.output):
+        if info.type.tensor_type.shape.dim:
+            info.type.tensor_type.shape.dim[0].dim_param = name
+    del proto.graph.value_info[:]
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
 def operators(model: bytes) -> frozenset[str]:
     """Operator types in a model."""
     return frozenset(node.op_type for node in _parse(model).graph.node)

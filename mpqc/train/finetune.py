@@ -1,0 +1,363 @@
+"""From a plan to an accurate quantized model: quantization-aware fine-tuning of any network."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpqc import importer
+from mpqc.artifact import check_output
+from mpqc.calibration import calibrate
+from mpqc.data import Data, open_data
+from mpqc.errors import EnvironmentLacks, OutputError, UsageError
+from mpqc.graph import Graph, Precision
+from mpqc.onnx_export import to_onnx
+from mpqc.onnx_parts import open_batch
+from mpqc.passes.quantize_layers import tensors_to_calibrate
+from mpqc.passes.round_layers import round_layers
+from mpqc.plan import Plan
+from mpqc.rounding import Accuracy
+from mpqc.train import checkpoint
+from mpqc.train.batches import TrainingSet
+from mpqc.train.export import batch_is_open, to_qdq
+from mpqc.train.loop import (
+    EpochRecord,
+    Recipe,
+    Report,
+    Teacher,
+    Training,
+    evaluate,
+    find_device,
+    seeded,
+    silent,
+)
+from mpqc.train.module import GraphModule, check_batching, load_graph
+from mpqc.train.objective import Distance, Objective
+from mpqc.train.quantized_layer import Quantizers, folded, quantize_module
+
+CHECKPOINT, HISTORY, CURVES = "checkpoint.pt", "history.json", "curves.png"
+CALIBRATION_SAMPLES = 256
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What fine-tuning depends on beside model, plan and data.
+
+    Attributes:
+        recipe: of the training.
+        quantizers: that learn.
+        accuracy: rounding on calibration data, where training starts; see ``mpqc compile``.
+        distance: of the outputs from the float model's.
+        label_weight: share of the labels in the loss; 0 needs none.
+        temperature: of the distillation.
+        device: auto, cpu, cuda, cuda:1.
+        every: seconds between two checkpoints.
+    """
+
+    recipe: Recipe = Recipe()  # noqa: RUF009 - frozen
+    quantizers: Quantizers = Quantizers()  # noqa: RUF009 - frozen
+    accuracy: Accuracy = Accuracy()  # noqa: RUF009 - frozen
+    distance: Distance = "auto"
+    label_weight: float = 0.0
+    temperature: float = 2.0
+    device: str = "auto"
+    every: float = 60.0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came out; metrics are of held-out samples, ``after`` as compiled.
+
+    Attributes:
+        model: the quantized ONNX file.
+        plan: plan.json bound to it.
+        folder: of history and curves.
+        metric: name of the metrics.
+        reference: of the float model.
+        before: quantized without training.
+        after: fine-tuned.
+        device: that trained.
+        seconds: of training.
+        notes: what could not be done.
+    """
+
+    model: Path
+    plan: Path
+    folder: Path
+    metric: str
+    reference: float | None
+    before: float | None
+    after: float | None
+    device: str
+    seconds: float
+    history: list[EpochRecord] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        found = asdict(self)
+        return found | {"model": str(self.model), "plan": str(self.plan),
+                        "folder": str(self.folder), "notes": list(self.notes)}  # fmt: skip
+
+
+def paths(output: Path) -> tuple[Path, Path]:
+    """Plan and working folder that stand beside the output."""
+    stem = output.with_suffix("")
+    return Path(f"{stem}.plan.json"), Path(f"{stem}.training")
+
+
+def finetune(
+    model: str | Path,
+    output: str | Path,
+    train: "str | Path | Mapping[str, Any]",
+    options: Options = Options(),
+    *,
+    plan: Plan | None = None,
+    bits: Precision | None = None,
+    ends: Precision | None = Precision(8, 8),  # noqa: B008 - frozen
+    validate: "str | Path | Mapping[str, Any] | None" = None,
+    preprocess: str | Path | None = None,
+    dims: Mapping[str, int] | None = None,
+    max_samples: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = silent,
+    phase: Callable[[str], None] = lambda _: None,
+) -> Tuned:
+    """Fine-tune a float model at the widths of a plan.
+
+    Args:
+        model: float ONNX file.
+        output: quantized ONNX file to write; the plan and a folder with curves stand beside it.
+        train: training data, as ``mpqc.data`` reads them.
+        options: how.
+        plan: widths; or
+        bits: one width for the body, ``ends`` for the first layers and the classifier.
+        ends: None gives them the body's width.
+        validate: data to measure on; by default a tenth of the training data, at most 1000.
+        preprocess: of pictures, for both.
+        dims: of symbolic dimensions.
+        max_samples: of the training data.
+        force: accept a plan of another model where the names fit.
+        resume: go on from the checkpoint of an interrupted run, if there is one.
+        overwrite: replace outputs.
+        report: called after steps and epochs.
+        phase: called with each phase's name.
+
+    Raises:
+        MpqcError: see the children; checkpoints stay where they are.
+    """
+    output = Path(output)
+    plan_path, folder = paths(output)
+    for path in (output, plan_path):
+        check_output(path, overwrite)
+    _check_folder(folder, resume, overwrite)
+    device = find_device(options.device)
+    recipe = options.recipe
+    phase("import")
+    digest = importer.sha256(model)
+    graph = load_graph(model, dims, recipe.batch_size)
+    float_graph = folded(graph)
+    plan = _plan(float_graph, plan, bits, ends, digest)
+    plan.check(float_graph, digest, force)
+    if not plan.layers:
+        raise UsageError("the plan quantizes no layer: there is nothing to fine-tune")
+    network, exact = GraphModule(graph), GraphModule(graph)
+    phase("read data")
+    data = open_data(train, float_graph, preprocess, max_samples, recipe.seed)
+    training, held = _samples(data, graph, validate, preprocess, recipe)
+    labelled = training.labels is not None
+    objective = Objective.of(
+        graph, labelled, options.distance, options.label_weight, options.temperature
+    )
+    _check_samples(training, held, objective, recipe)
+    _check_batches(exact, training, graph)
+    phase("calibrate")
+    tensors = tensors_to_calibrate(float_graph, plan)
+    calibration = calibrate(float_graph, data, tensors, CALIBRATION_SAMPLES, recipe.seed)
+    phase("round")
+    rounded = None
+    if plan.narrow and options.accuracy.reads_data:
+        few = data.sample(CALIBRATION_SAMPLES, recipe.seed)
+        rounded = round_layers(
+            float_graph, plan, calibration, few, options.accuracy, seed=recipe.seed
+        )
+    quantize_module(network, plan, calibration, rounded, options.quantizers)
+    network.to(device)
+    exact.to(device)
+    phase("measure")
+    seeded(recipe.seed)
+    teacher = _teacher(exact, training, objective, recipe)
+    judge = None if held.labels is not None and objective.head else Teacher(exact)
+    reference = before = None
+    if len(held):
+        size = recipe.batch_size
+        reference = evaluate(exact, held, objective, judge, size) if judge is None else None
+        before = evaluate(network, held, objective, judge, size)
+    work = Training(network, objective, training, held, recipe, teacher)
+    about = _about(digest, plan, options, training)
+    saved = folder / CHECKPOINT
+    if resume and saved.exists():
+        work.restore(checkpoint.load(saved, about))
+    phase("train")
+    started = time.monotonic()
+    _make(folder)
+    work.run(report, saved, about, options.every)
+    seconds = time.monotonic() - started
+    phase("write")
+    after = evaluate(network, held, objective, judge, recipe.batch_size) if len(held) else None
+    _write(output, _file(model, dims, network))
+    bound = plan.model_copy(update={"model_sha256": sha256(output.read_bytes()).hexdigest()})
+    bound.save(plan_path)
+    notes = _write_history(folder, work.history, objective.metric, reference)
+    with contextlib.suppress(OSError):
+        saved.unlink()
+    return Tuned(output, plan_path, folder, objective.metric, reference, before, after,
+                 str(device), seconds, work.history, notes)  # fmt: skip
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    if not folder.exists() or resume:
+        return
+    if (folder / CHECKPOINT).exists() and not overwrite:
+        raise OutputError(
+            f"{folder} holds the checkpoint of an interrupted run: "
+            "give --resume to go on, or --overwrite to train again"
+        )
+    if not overwrite:
+        raise OutputError(f"{folder} exists already; give --overwrite to replace it")
+    shutil.rmtree(folder)
+
+
+def _plan(
+    graph: Graph, plan: Plan | None, bits: Precision | None, ends: Precision | None, digest: str
+) -> Plan:
+    if (plan is None) == (bits is None):
+        raise UsageError("give the widths: a plan, or one width for the body, not both")
+    if plan is not None:
+        return plan
+    assert bits is not None
+    return Plan.uniform(graph, bits, ends, model_sha256=digest)
+
+
+def _samples(
+    data: Data,
+    graph: Graph,
+    validate: "str | Path | Mapping[str, Any] | None",
+    preprocess: str | Path | None,
+    recipe: Recipe,
+) -> tuple[TrainingSet, TrainingSet]:
+    """Training samples and held-out ones."""
+    whole = TrainingSet.read(data, graph)
+    if validate is not None:
+        return whole, TrainingSet.read(open_data(validate, graph, preprocess), graph)
+    return whole.split(HELD_OUT, MOST_HELD_OUT, recipe.seed)
+
+
+def _check_samples(
+    training: TrainingSet, held: TrainingSet, objective: Objective, recipe: Recipe
+) -> None:
+    """What is wrong with the data is said before the work."""
+    if objective.head is not None:
+        for part in (training, held):
+            part.check_labels(objective.classes[objective.head])
+    training.check_batch(recipe.batch_size)
+
+
+def _check_batches(module: GraphModule, training: TrainingSet, graph: Graph) -> None:
+    """Samples must not see one another; a check where there are enough of them."""
+    base = next(iter(graph.inputs.values())).shape[0]
+    if base == 1 and len(training) > 1:
+        check_batching(
+            module, {name: array[training.chosen[:2]] for name, array in training.arrays.items()}
+        )
+
+
+def _teacher(
+    exact: GraphModule, training: TrainingSet, objective: Objective, recipe: Recipe
+) -> Teacher | None:
+    if objective.label_weight >= 1:
+        return None
+    if recipe.augment or recipe.epochs < 1:
+        return Teacher(exact)
+    return Teacher(exact, training, recipe.batch_size)
+
+
+def _about(digest: str, plan: Plan, options: Options, training: TrainingSet) -> dict[str, str]:
+    """What has to be the same for a resumed run to end as the uninterrupted one would."""
+    probe = zlib.crc32(b"")
+    for array in training.arrays.values():
+        probe = zlib.crc32(np.ascontiguousarray(array[training.chosen[:16]]).tobytes(), probe)
+    if training.labels is not None:
+        probe = zlib.crc32(training.labels.tobytes(), probe)
+    return {
+        "the model": digest,
+        "the plan": sha256(plan.text().encode()).hexdigest()[:16],
+        "the recipe": str(options.recipe),
+        "the quantizers": str(options.quantizers),
+        "the loss": f"{options.distance}, labels {options.label_weight}, T {options.temperature}",
+        "the training data": f"{len(training)} samples, checksum {probe:08x}",
+    }
+
+
+def _file(model: str | Path, dims: Mapping[str, int] | None, network: GraphModule) -> bytes:
+    """The quantized model, its batch open where the float model's is."""
+    one = load_graph(model, dims, 1)
+    rules = {name: network.tensors.find(name).rule() for name in network.tensors.names()}
+    made = to_onnx(to_qdq(folded(network.to_graph(one)), network.rounded(), rules))
+    two = load_graph(model, dims, 2)
+    opened = next(iter(two.inputs.values())).shape[:1] == (2,) and batch_is_open(one, two)
+    return open_batch(made) if opened else made
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _write_history(
+    folder: Path, history: list[EpochRecord], metric: str, reference: float | None
+) -> tuple[str, ...]:
+    rows = {"metric": metric, "float": reference, "epochs": [asdict(row) for row in history]}
+    _write(folder / HISTORY, (json.dumps(rows, indent=1) + "\n").encode())
+    from mpqc.train.plot import curves
+
+    try:
+        curves(history, metric, reference, folder / CURVES)
+    except EnvironmentLacks as error:
+        return (str(error),)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder / CURVES}: {error}") from error
+    return ()
