@@ -67,8 +67,8 @@ class Augment:
                 [wide[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(moves)]
             )
         if self.flip:
-            mirrored: Array = rng.random(n) < 0.5
-            pictures = np.where(mirrored[:, None, None, None], pictures[..., ::-1], pictures)
+            mirrored = rng.random((n, 1, 1, 1)) < 0.5
+            pictures = np.where(mirrored, pictures[..., ::-1], pictures)
         return pictures
 
 
@@ -224,3 +224,39 @@ class TrainingSet:
         """All samples in their order; the last batch may be smaller."""
         for start in range(0, len(self), size):
             yield self.take(self.chosen[start : start + size])
+
+
+@dataclass(frozen=True, eq=False)
+class SetData(Data):
+    """Samples of a set as calibration data; it pickles.
+
+    Attributes:
+        source: the samples.
+        batch: of a feed.
+    """
+
+    source: TrainingSet
+    batch: int
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return len(self.source)
+
+    @property
+    def labels(self) -> Array | None:  # type: ignore[override]
+        return None if self.source.labels is None else self.source.labels[self.source.chosen]
+
+    def sample(self, max_samples: int | None, seed: int = 0) -> "SetData":
+        if max_samples is not None and max_samples < 1:
+            raise DataError(f"at least one sample is needed, got max_samples={max_samples}")
+        if max_samples is None or max_samples >= self.samples:
+            return self
+        picks = np.sort(np.random.default_rng(seed).permutation(self.samples)[:max_samples])
+        return replace(self, source=replace(self.source, chosen=self.source.chosen[picks]))
+
+    def feeds(self) -> Iterator[dict[str, Array]]:
+        chosen = self.source.chosen
+        for start in range(0, len(chosen), self.batch):
+            rows = chosen[start : start + self.batch]
+            rows = np.concatenate([rows, np.repeat(rows[-1:], self.batch - len(rows))])
+            yield {name: np.ascontiguousarray(a[rows]) for name, a in self.source.arrays.items()}
