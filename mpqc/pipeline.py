@@ -194,6 +194,67 @@ def _latencies(options: Options) -> "LatencyTable | None":
     return cached_table(options.target) if options.target.runs_here else None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model before its layers become integers.
+
+    Attributes:
+        graph: float, folded and equalized.
+        plan: widths of its layers, checked.
+        calibration: of the values that the plan quantizes.
+        rounded: what layers compute with, where that is more than rounding to nearest.
+        sha256: of the model file.
+    """
+
+    graph: Graph
+    plan: Plan
+    calibration: Calibration
+    rounded: Mapping[str, RoundedLayer]
+    sha256: str
+
+
+def prepare(
+    model: str | Path,
+    options: Options,
+    *,
+    plan: Plan | None = None,
+    bits: Precision | None = None,
+    ends: Precision | None = Precision(8, 8),  # noqa: B008 - frozen
+    data: Data | Callable[[Graph], Data] | None = None,
+    residual_bits: int | None = None,
+    dims: Mapping[str, int] | None = None,
+    batch: int = 1,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+    calibration_progress: Callable[[int, int | None], None] | None = None,
+    rounding_progress: LayerProgress | None = None,
+    callback: Callback | None = None,
+) -> Prepared:
+    """Import, plan, calibrate and round: all that compiling and exporting share.
+
+    The arguments are those of ``compile_model``.
+    """
+    progress("import")
+    graph = import_model(model, dims, batch, callback)
+    sha256 = importer.sha256(model)
+    if plan is None:
+        plan = Plan.of(graph, {}, model_sha256=sha256)
+        if bits is not None:
+            plan = Plan.uniform(graph, bits, ends, model_sha256=sha256)
+    if residual_bits is not None:
+        plan = plan.with_tensors(shared_tensors(graph, plan.layers), residual_bits)
+    plan.check(graph, sha256, force)
+    _selector(plan, options)  # a kernel that does not exist is said before the work
+    _refuse_unknown(graph)
+    progress("calibrate")
+    graph = equalize(graph, plan, options.accuracy, callback)
+    opened = data(graph) if callable(data) else data
+    calibration = calibrate_plan(graph, plan, opened, options, calibration_progress)
+    progress("round")
+    rounded = round_plan(graph, plan, calibration, opened, options, rounding_progress)
+    return Prepared(graph, plan, calibration, rounded, sha256)
+
+
 def compile_model(
     model: str | Path,
     output: str | Path,
@@ -240,27 +301,23 @@ def compile_model(
     """
     clock = _Clock(progress)
     with new_folder(Path(output), overwrite) as folder:
-        clock("import")
-        graph = import_model(model, dims, batch, callback)
-        sha256 = importer.sha256(model)
-        if plan is None:
-            plan = Plan.of(graph, {}, model_sha256=sha256)
-            if bits is not None:
-                plan = Plan.uniform(graph, bits, ends, model_sha256=sha256)
-        if residual_bits is not None:
-            plan = plan.with_tensors(shared_tensors(graph, plan.layers), residual_bits)
-        plan.check(graph, sha256, force)
-        _selector(plan, options)  # a kernel that does not exist is said before the work
-        _refuse_unknown(graph)
-        clock("calibrate")
-        graph = equalize(graph, plan, options.accuracy, callback)
-        opened = data(graph) if callable(data) else data
-        calibration = calibrate_plan(graph, plan, opened, options, calibration_progress)
-        clock("round")
-        rounded = round_plan(graph, plan, calibration, opened, options, rounding_progress)
+        prepared = prepare(
+            model, options, plan=plan, bits=bits, ends=ends, data=data,
+            residual_bits=residual_bits, dims=dims, batch=batch, force=force, progress=clock,
+            calibration_progress=calibration_progress, rounding_progress=rounding_progress,
+            callback=callback,
+        )  # fmt: skip
+        graph, plan, sha256 = prepared.graph, prepared.plan, prepared.sha256
         clock("quantize")
-        correct = options.accuracy.bias_correction
-        quantized = quantize(graph, plan, calibration, options.method, callback, rounded, correct)
+        quantized = quantize(
+            graph,
+            plan,
+            prepared.calibration,
+            options.method,
+            callback,
+            prepared.rounded,
+            options.accuracy.bias_correction,
+        )
         (folder / REFERENCE).write_bytes(to_onnx(quantized))
         clock("lower")
         program = lower(quantized, plan, options, callback)
