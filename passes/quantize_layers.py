@@ -62,7 +62,7 @@ class QuantizeLayers(Pass):
         self.plan.check(graph, None)
 
     def rewrite(self, graph: Graph) -> Graph:
-        writer = _Writer(graph)
+        writer = self.writer(graph)
         layers = {layer.name: layer for layer in find_layers(graph)}
         narrowed = {
             value: writer.narrow(value, self.calibration.quantizer(value, tensor.bits, self.method))
@@ -78,6 +78,10 @@ class QuantizeLayers(Pass):
             _check_accumulator(layer, made.weights, made.rule)
             writer.layer(node, layer, made, narrowed)
         return writer.graph()
+
+    def writer(self, graph: Graph) -> "LayerWriter":
+        """Collects the nodes of the new graph."""
+        return LayerWriter(graph)
 
     def _nearest(self, graph: Graph, layer: Layer) -> RoundedLayer:
         node, planned = graph[layer.name], self.plan.layers[layer.name]
@@ -114,14 +118,15 @@ def _check_accumulator(layer: Layer, weights: QuantizedWeights, rule: Activation
 
 
 @dataclass
-class _Writer:
-    """Collects the nodes of the new graph."""
+class LayerWriter:
+    """Collects the nodes of the new graph: layers on integer codes."""
 
     source: Graph
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
     types: dict[str, TensorType] = field(default_factory=dict)
     codes: dict[tuple[str, int], str] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
 
     def keep(self, node: Node, narrowed: Mapping[str, str]) -> None:
         inputs = tuple(narrowed.get(value, value) for value in node.inputs)
@@ -130,10 +135,13 @@ class _Writer:
     def narrow(self, value: str, rule: ActivationQuantizer) -> str:
         """Name of the value as its codes can tell it."""
         codes = self.quantized(value, rule)
-        name = fresh(self.source, f"{value}.d{rule.bits}")
+        known = self.told.get(codes)
+        if known is not None:
+            return known
+        name = self.told[codes] = fresh(self.source, f"{value}.d{rule.bits}")
         attrs: dict[str, Attribute] = {"scale": rule.scale, "zero_point": rule.zero_point}
         self.nodes.append(Node(name, "Dequantize", (codes,), (name,), attrs))
-        self.types[name] = self._type(value)
+        self.types[name] = self.type(value)
         return name
 
     def quantized(self, value: str, rule: ActivationQuantizer) -> str:
@@ -143,8 +151,14 @@ class _Writer:
             return known
         name = self.codes[value, rule.bits] = fresh(self.source, f"{value}.q{rule.bits}")
         self.nodes.append(Node(name, "Quantize", (value,), (name,), quantize_attrs(rule)))
-        self.types[name] = TensorType("uint8", self._type(value).shape)
+        self.types[name] = TensorType("uint8", self.type(value).shape)
         return name
+
+    def data(self, layer: Layer, rule: ActivationQuantizer, narrowed: Mapping[str, str]) -> str:
+        """Name of the value that a layer quantizes."""
+        if layer.input in narrowed and (layer.input, rule.bits) not in self.codes:
+            return narrowed[layer.input]
+        return layer.input
 
     def layer(
         self,
@@ -153,11 +167,9 @@ class _Writer:
         made: RoundedLayer,
         narrowed: Mapping[str, str],
     ) -> None:
+        """The node of a planned layer, on codes."""
         weights, rule = made.weights, made.rule
-        data = layer.input
-        if data in narrowed and (data, rule.bits) not in self.codes:
-            data = narrowed[data]
-        codes = self.quantized(data, rule)
+        codes = self.quantized(self.data(layer, rule, narrowed), rule)
         convolution = node.op == "Conv"
         shape = self.source.shape(layer.output)
         values, m, b, acc = (
@@ -188,7 +200,7 @@ class _Writer:
             ),
         ]
 
-    def _type(self, value: str) -> TensorType:
+    def type(self, value: str) -> TensorType:
         return self.types.get(value) or self.source.type(value)
 
     def graph(self) -> Graph:
