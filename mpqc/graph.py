@@ -17,8 +17,12 @@ operators are few and exact; each computes plain integers or IEEE float32, nothi
     (axis 1 after IntConv, the last after IntMatMul: attribute ``axis``).
 ``Requantize(acc, m, b) {zero_point, bits, axis}``
     int32 -> uint8 codes, ``clip(rint(float32(acc) * m + b) + zero_point, 0, 2**bits - 1)``.
+``DequantizeWeights(w, scale) {axis, bits, levels}``
+    constants int16 of any shape -> float32, ``float32(w) * scale``, scale float32 along ``axis``
+    or of one element. Only in fake-quantized graphs: those that other tools exchange.
 
-``rint`` rounds half to even. ``weight_levels`` says which codes v stand for the integers w:
+``rint`` rounds half to even. ``weight_levels`` (``levels``) says which codes v stand for the
+integers w:
 ``"signed"``: two's complement, w = v - 2**bits * (v >= 2**(bits-1));
 ``"odd"``: DoReFa's and bipolar levels, w = 2 * v - (2**bits - 1).
 """
@@ -41,7 +45,10 @@ Attribute: TypeAlias = (
 )
 
 QUANTIZED_OPS = frozenset(
-    {"Quantize", "Dequantize", "IntConv", "IntMatMul", "Affine", "Requantize"}
+    {
+        *("Quantize", "Dequantize", "IntConv", "IntMatMul", "Affine", "Requantize"),
+        "DequantizeWeights",
+    }
 )
 
 

@@ -27,6 +27,12 @@ def dequantize(q: Array, scale: float, zero_point: int) -> Float32:
     return (q.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
 
 
+def dequantize_weights(w: Array, scale: Array, axis: int) -> Float32:
+    """``float32(w) * scale``, scale float32 along ``axis`` of w or of one element."""
+    product: Float32 = w.astype(np.float32) * along(scale.astype(np.float32), axis, w.ndim)
+    return product
+
+
 def affine(acc: Array, m: Array, b: Array, axis: int) -> Float32:
     """``float32(acc) * m + b`` in two roundings; m and b float32 along ``axis`` of acc."""
     product = acc.astype(np.float32) * along(m, axis, acc.ndim)

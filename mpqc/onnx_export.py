@@ -141,6 +141,14 @@ class _Writer:
         scale = self._constant(node, "scale", np.float32(node.float_attr("scale")))
         self._op(node, "Mul", value, scale, out=node.output)
 
+    def _dequantizeweights(self, node: Node) -> None:
+        values, scale = (self._array(node, name) for name in node.inputs)
+        scale = numerics.along(scale, node.int_attr("axis", 0), values.ndim)
+        small = not values.size or (values.min() >= -128 and values.max() <= 127)
+        integers = self._constant(node, "w", values.astype(np.int8 if small else np.int16))
+        wide = self._cast(node, integers, "float32")
+        self._op(node, "Mul", wide, self._constant(node, "scale", scale), out=node.output)
+
     def _affine(self, node: Node) -> None:
         self._scale_and_shift(node, node.output)
 

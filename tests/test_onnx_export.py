@@ -252,3 +252,27 @@ def test_refuses_weights_beyond_eight_bits() -> None:
     )
     with pytest.raises(GraphError, match="weights of 'y' exceed 8 bits"):
         to_onnx(graph)
+
+
+@given(st.integers(0, 2**31), st.booleans(), st.sampled_from([0, 1, 2]), st.sampled_from([8, 9]))
+def test_weights_are_integers_times_scales(seed: int, one: bool, axis: int, bits: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (3, 4, 5)
+    values = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int16)
+    scale = rng.uniform(0.01, 2, 1 if one else shape[axis]).astype(np.float32)
+    graph = Graph.parse(
+        f"""
+        %x = Input() : f32[3,4,5]
+        %w = Constant() : i16[3,4,5]
+        %s = Constant() : f32[{scale.size}]
+        %d = DequantizeWeights(%w, %s) {{axis={axis}, bits={bits}, levels="signed"}} : f32[3,4,5]
+        %y = Add(%x, %d) : f32[3,4,5]
+        return %y, %d
+        """,
+        {"w": values, "s": scale},
+    )
+    want = np.moveaxis(np.moveaxis(values.astype(np.float32), axis, -1) * scale, -1, axis)
+    feeds = {"x": np.zeros(shape, np.float32)}
+    for got in (reference.run(graph, feeds), Session(to_onnx(graph)).run(feeds)):
+        np.testing.assert_array_equal(got["d"], want)
+        np.testing.assert_array_equal(got["y"], want)
