@@ -1,200 +1,294 @@
 """Single convolutions against ONNX Runtime: float and int8 (QDQ, U8S8 per channel), one process.
 
-    python benchmarks/layers.py [--target x86-64-v3] [--widths w1a1,w2a2] -o layers
+    python -m benchmarks.layers [--target x86-64-v3] [--ort-isa avx2] [--widths w1a1,w2a2]
+        [-o FOLDER] [--markdown docs/kernels.md]
 
-Every build and both ONNX Runtime sessions run in turn; the fastest of each counts. Two times are
-given for ours: *layer* is what the layer costs inside a network (padding, packing, the kernel with
-its requantizing epilogue), *whole* adds the float input and output of a network of one layer, as
-ONNX Runtime's times do. Writes JSON, and a plot where matplotlib is installed.
+Every build and every session of ONNX Runtime runs in turn; the fastest run of each counts. Two
+times are given for every contestant: *alone* is a network of this layer and nothing else, float in
+and float out; *inside* is what one more such layer costs within a network, a fourth of the
+difference between five layers in a row and one: padding, packing, the kernel, and the requantizing
+epilogue, but no float tensor. Layers that cannot follow themselves are timed alone. Options are
+those of network.py.
 """
 
 import argparse
-import json
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from onnx import TensorProto, helper, numpy_helper
-
-from mpqc import pipeline, runtime
-from mpqc.bench import machine
-from mpqc.data import open_data
+from benchmarks import report
+from benchmarks.builds import Recipe
+from benchmarks.clock import Clock
+from benchmarks.ort_avx2 import ISAS, use_isa
+from benchmarks.turns import take_turns
+from mpqc.errors import MpqcError
 from mpqc.graph import Precision
-from mpqc.ort import Session, quantize_static
-from mpqc.target import find_target
 
-LAYERS = {  # name: channels in, pixels, channels out, kernel, stride, pad
-    "3x3 64@56": (64, 56, 64, 3, 1, 1),
-    "3x3 128@28": (128, 28, 128, 3, 1, 1),
-    "3x3 256@14": (256, 14, 256, 3, 1, 1),
-    "3x3 512@7": (512, 7, 512, 3, 1, 1),
-    "3x3 s2 64-128": (64, 56, 128, 3, 2, 1),
-    "1x1 256-512@14": (256, 14, 512, 1, 1, 0),
-    "7x7 s2 stem": (3, 224, 64, 7, 2, 3),
+WIDTHS = "w1a1,w1a2,w2a2,w4a4,w8a8"
+OPPONENTS = ("ort-int8", "ort-fp32")
+LONGER = 5  # layers of the longer network
+
+# Times the opponent's speed that a build for AVX2 must reach on one thread, in 3x3 layers.
+FLOORS: Mapping[str, Mapping[str, float]] = {
+    "ort-int8": {"w1a1": 5.0, "w1a2": 4.2, "w2a2": 2.5, "w4a4": 1.25, "w8a8": 0.95},
+    "ort-fp32": {"w1a1": 10.0, "w1a2": 8.5, "w2a2": 5.0, "w4a4": 2.5, "w8a8": 1.9},
 }
 
 
-def network(layer: tuple[int, int, int, int, int, int], follower: bool) -> bytes:
-    """Conv + Relu as ONNX; with a follower the result is quantized again, as inside a network."""
-    channels, size, out, kernel, stride, pad = layer
-    rng = np.random.default_rng(0)
+@dataclass(frozen=True)
+class Convolution:
+    """Geometry of a square layer."""
 
-    def weights(name: str, o: int, i: int, k: int) -> Any:
-        values = rng.normal(0, (2 / (i * k * k)) ** 0.5, (o, i, k, k)).astype(np.float32)
-        return numpy_helper.from_array(values, name)
+    channels: int
+    size: int
+    out: int
+    kernel: int
+    stride: int = 1
 
-    after = (size + 2 * pad - kernel) // stride + 1
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], "layer", strides=[stride] * 2, pads=[pad] * 4),
-        helper.make_node("Relu", ["c"], ["r"]),
-    ]
-    arrays, result, depth = [weights("w", out, channels, kernel)], "r", out
-    if follower:
-        nodes.append(helper.make_node("Conv", ["r", "v"], ["y"], "follower"))
-        arrays.append(weights("v", 8, out, 1))
-        result, depth = "y", 8
-    value = helper.make_tensor_value_info
+    @property
+    def pad(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * self.pad - self.kernel) // self.stride + 1
+
+    @property
+    def macs(self) -> int:
+        return self.channels * self.out * self.kernel**2 * self.out_size**2
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its output may be its input."""
+        return self.channels == self.out and self.stride == 1
+
+
+LAYERS = {
+    "3x3 64@56": Convolution(64, 56, 64, 3),
+    "3x3 128@28": Convolution(128, 28, 128, 3),
+    "3x3 256@14": Convolution(256, 14, 256, 3),
+    "3x3 512@7": Convolution(512, 7, 512, 3),
+    "3x3 s2 64-128": Convolution(64, 56, 128, 3, 2),
+    "1x1 256-512@14": Convolution(256, 14, 512, 1),
+    "7x7 s2 stem": Convolution(3, 224, 64, 7, 2),
+}
+
+
+def network(layer: Convolution, length: int) -> bytes:
+    """Convolutions, each with ReLU, in a row, as ONNX."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    nodes, weights, value = [], [], "x"
+    shape = (layer.out, layer.channels, layer.kernel, layer.kernel)
+    deviation = (2 / (layer.channels * layer.kernel**2)) ** 0.5
+    for i in range(length):
+        weight = random.normal(0, deviation, shape).astype(np.float32)
+        weights.append(numpy_helper.from_array(weight, f"w{i}"))
+        nodes += [
+            helper.make_node(
+                "Conv", [value, f"w{i}"], [f"c{i}"], f"layer{i}",
+                strides=[layer.stride] * 2, pads=[layer.pad] * 4,
+            ),
+            helper.make_node("Relu", [f"c{i}"], [f"r{i}"], f"relu{i}"),
+        ]  # fmt: skip
+        value = f"r{i}"
+    tensor = helper.make_tensor_value_info
     graph = helper.make_graph(
-        nodes, "layer",
-        [value("x", TensorProto.FLOAT, [1, channels, size, size])],
-        [value(result, TensorProto.FLOAT, [1, depth, after, after])],
-        arrays,
+        nodes, "layers",
+        [tensor("x", TensorProto.FLOAT, [1, layer.channels, layer.size, layer.size])],
+        [tensor(value, TensorProto.FLOAT, [1, layer.out, layer.out_size, layer.out_size])],
+        weights,
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     return bytes(model.SerializeToString())
 
 
-class Build:
-    """A compiled network of one layer."""
+def bound(kernel: str, bits: Precision, wide: bool) -> float:
+    """Multiply-accumulates a cycle that the inner loop's instructions allow; 0: not known.
 
-    def __init__(self, model: Path, bits: Precision, target: str, kernel: str, feeds: Any) -> None:
-        data = open_data(feeds, pipeline.import_model(model))
-        options = pipeline.Options(find_target(target), kernel=kernel)
-        folder = model.with_suffix(f".{bits}.{target}.{kernel}")
-        artifact = pipeline.compile_model(
-            model, folder, options, bits=bits, ends=None, data=data, overwrite=True
-        )
-        self.manifest = artifact.manifest
-        self.model = runtime.load(artifact.folder)
-        self.feeds = feeds
-
-    @property
-    def kernel(self) -> str:
-        record = self.manifest["layers"][0]
-        return f"{record['kernel']} {record['variant']}"
-
-    def whole(self) -> float:
-        return min(self.model.seconds(self.feeds, 3))
-
-    def layer(self) -> float:
-        """Steps from the codes of the input to the codes of the output."""
-        stepper = self.model.steps(self.feeds)
-        total = 0.0
-        for index, step in enumerate(self.manifest["steps"]):
-            elapsed = stepper.step(index)
-            if step["kind"] not in ("float", "elementwise"):
-                total += elapsed
-            if step["label"] == "layer" and step["kind"] != "window_sum":
-                break
-        return total
+    Args:
+        kernel: kind and variant, as manifests write them.
+        bits: widths.
+        wide: whether vectors have 512 bits, which the core executes in two halves.
+    """
+    kind, _, variant = kernel.partition(" ")
+    if variant == "and-popcount":
+        return (341 if wide else 128) / (bits.weight * bits.activation)
+    if kind == "bitplane-lut":
+        return (128 if variant == "vpshufb128" else 256) / bits.weight
+    return _MULTIPLY.get(variant, 0)
 
 
-def measure(name: str, widths: list[str], target: str, kernel: str, rounds: int) -> dict[str, Any]:
-    """Times [s] of one layer."""
+# Two multiplications of 256 bits a cycle, or one of 512 or two of 128.
+_MULTIPLY: Mapping[str, float] = {
+    "vpmaddubsw128": 32, "vpmaddubsw256": 64, "vpmaddubsw512": 64,
+    "vpmaddwd128": 16, "vpmaddwd256": 32, "vpmaddwd512": 32,
+    "vpdpbusd256": 64, "vpdpbusd512": 64,
+}  # fmt: skip
+
+
+def measure(
+    name: str, widths: Sequence[str], recipe: Recipe, rounds: int, builds: Path, clock: Clock
+) -> dict[str, Any]:
+    """Times of one layer.
+
+    Args:
+        name: of ``LAYERS``.
+        widths: to build for.
+        recipe: how.
+        rounds: turns of each contestant.
+        builds: folder that keeps compiled models.
+        clock: looks at the clock now and then.
+    """
+    import numpy as np
+
+    from mpqc.ort import Session, quantize_static
+
     layer = LAYERS[name]
-    rng = np.random.default_rng(1)
-    feeds = {"x": rng.normal(size=(1, layer[0], layer[1], layer[1])).astype(np.float32)}
+    shape = (1, layer.channels, layer.size, layer.size)
+    feeds = [{"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)}]
+    runs: dict[str, Callable[[int], list[float]]] = {}
+    kernels: dict[str, str] = {}
+
+    def enter(name: str, contestant: Any) -> None:
+        runs[name] = partial(contestant.seconds, feeds[0])
+
     with tempfile.TemporaryDirectory() as folder:
-        single, inner = Path(folder) / "single.onnx", Path(folder) / "inner.onnx"
-        single.write_bytes(network(layer, follower=False))
-        inner.write_bytes(network(layer, follower=True))
-        runs = {"ort-fp32": Session(single, optimise=True)}
-        runs["ort-int8"] = Session(quantize_static(single, [feeds]), optimise=True)
-        whole = {w: Build(single, Precision.parse(w), target, kernel, feeds) for w in widths}
-        inside = {w: Build(inner, Precision.parse(w), target, kernel, feeds) for w in widths}
-        best: dict[str, float] = {}
-
-        def keep(key: str, seconds: float) -> None:
-            best[key] = min(best.get(key, seconds), seconds)
-
-        for _ in range(rounds):
-            for key, session in runs.items():
-                keep(key, min(session.seconds(feeds, 3)))
+        for length in (1, LONGER) if layer.repeats else (1,):
+            model = Path(folder, f"{name.replace(' ', '-').replace('@', '-')}x{length}.onnx")
+            model.write_bytes(network(layer, length))
+            enter(f"ort-fp32 {length}", Session(model, optimise=True))
+            enter(f"ort-int8 {length}", Session(quantize_static(model, feeds), optimise=True))
             for width in widths:
-                keep(f"{width} whole", whole[width].whole())
-                keep(f"{width} layer", inside[width].layer())
-        channels, size, out, window, stride, pad = layer
-        macs = channels * out * window**2 * ((size + 2 * pad - window) // stride + 1) ** 2
-        return {
-            "layer": name, "macs": macs, "seconds": best,
-            "kernels": {width: inside[width].kernel for width in widths},
-        }  # fmt: skip
+                compiled = recipe.load(model, Precision.parse(width), feeds, builds)
+                enter(f"{width} {length}", compiled)
+                # the last has no successor, the first reads floats: one between tells
+                record = compiled.manifest["layers"][length // 2]
+                kernels[width] = f"{record['kernel']} {record.get('variant') or ''}".strip()
+        times = take_turns(runs, rounds, clock)
+    seconds = {}
+    for contestant in (*OPPONENTS, *widths):
+        alone = times[f"{contestant} 1"]
+        seconds[contestant] = {"alone": alone.best, "median": alone.median}
+        if layer.repeats:
+            more = times[f"{contestant} {LONGER}"].best - alone.best
+            seconds[contestant]["inside"] = more / (LONGER - 1)
+    return {"layer": name, "macs": layer.macs, "seconds": seconds, "kernels": kernels}
 
 
-def table(results: list[dict[str, Any]], widths: list[str]) -> str:
-    """Ratios of ONNX Runtime's time to the layer's, and multiply-accumulates a nanosecond."""
-    columns = ("us", "GMAC/s", "x int8", "x fp32")
-    lines = [f"{'layer':16s} {'width':5s} " + " ".join(f"{c:>7s}" for c in columns) + "  kernel"]
-    for result in results:
-        seconds = result["seconds"]
-        for width in widths:
-            own = seconds[f"{width} layer"]
-            lines.append(
-                f"{result['layer']:16s} {width:5s} {own * 1e6:7.0f} "
-                f"{result['macs'] / own / 1e9:7.0f} {seconds['ort-int8'] / own:7.2f} "
-                f"{seconds['ort-fp32'] / own:7.2f}  {result['kernels'][width]}"
-            )
-    return "\n".join(lines)
+def time_of(result: Mapping[str, Any], contestant: str) -> float:
+    """Inside a network where the layer can be, else alone [s]."""
+    seconds = result["seconds"][contestant]
+    return float(seconds.get("inside", seconds["alone"]))
 
 
-def plot(results: list[dict[str, Any]], widths: list[str], path: Path) -> None:
-    """Bars of the speed-up over ONNX Runtime int8."""
-    import matplotlib
+def summary(content: Mapping[str, Any]) -> str:
+    """The table of the results, Markdown."""
+    head = [
+        "layer", "width", "kernel", "us inside", "us alone", "MAC/cycle", "bound", "% of it",
+        "x int8", "x float", "alone x int8", "alone x float",
+    ]  # fmt: skip
+    rows = []
+    for result in content["layers"]:
+        for width in content["widths"]:
+            seconds, own = result["seconds"], time_of(result, width)
+            rate = result["macs"] / own / content["hertz"]
+            kernel = result["kernels"][width]
+            limit = bound(kernel, Precision.parse(width), content["wide"])
+            inside = seconds[width].get("inside")
+            row = [result["layer"], width, kernel, f"{inside * 1e6:.0f}" if inside else ""]
+            row += [f"{seconds[width]['alone'] * 1e6:.0f}", f"{rate:.1f}"]
+            row += [f"{limit:.0f}", f"{100 * rate / limit:.0f}"] if limit else ["", ""]
+            row += [f"{time_of(result, opponent) / own:.2f}" for opponent in OPPONENTS]
+            alone = seconds[width]["alone"]
+            row += [f"{seconds[opponent]['alone'] / alone:.2f}" for opponent in OPPONENTS]
+            rows.append(row)
+    return report.table(head, rows)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 4))
-    for index, width in enumerate(widths):
-        values = [r["seconds"]["ort-int8"] / r["seconds"][f"{width} layer"] for r in results]
-        places = np.arange(len(results)) + (index - len(widths) / 2) * 0.8 / len(widths)
-        axes.bar(places, values, 0.8 / len(widths), label=width, align="edge")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(results)), [r["layer"] for r in results], rotation=20)
-    axes.set_ylabel("times ONNX Runtime int8")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def against_floors(content: Mapping[str, Any]) -> str:
+    """The least ratio over the 3x3 layers beside what is asked for, Markdown."""
+    results = [r for r in content["layers"] if LAYERS[r["layer"]].repeats]
+    rows = []
+    for opponent in OPPONENTS:
+        for where in ("inside", "alone"):
+            row = [f"{opponent}, {where}"]
+            for width in content["widths"]:
+                ratios = [r["seconds"][opponent][where] / r["seconds"][width][where]
+                          for r in results]  # fmt: skip
+                floor = FLOORS[opponent].get(width)
+                asked = f" (floor {floor:g})" if floor else ""
+                row.append(f"{min(ratios):.2f} to {max(ratios):.2f}{asked}")
+            rows.append(row)
+    return report.table(["3x3 layers, times as fast as", *content["widths"]], rows)
 
 
-def main() -> None:
+def write(content: Mapping[str, Any], folder: Path, document: Path | None) -> None:
+    """Print the tables; write JSON, plot and the document's section."""
+    path = folder / f"layers-{content['target']}.json"
+    report.save(path, content)
+    from benchmarks.network import conditions
+
+    text = f"{conditions(content)}\n\n{summary(content)}"
+    if content["ort_isa"] == "avx2" and any(LAYERS[r["layer"]].repeats for r in content["layers"]):
+        text += f"\n\n{against_floors(content)}"
+    print(text)
+    report.bars(
+        path.with_suffix(".png"),
+        [result["layer"] for result in content["layers"]],
+        {
+            width: [time_of(r, "ort-int8") / time_of(r, width) for r in content["layers"]]
+            for width in content["widths"]
+        },
+        "times as fast as ONNX Runtime int8",
+    )
+    if document:
+        report.replace_section(document, f"layers {content['target']}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="native")
-    parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--widths", default="w1a1,w1a2,w2a2,w4a4,w8a8")
+    parser.add_argument("--ort-isa", choices=ISAS, default="native")
+    parser.add_argument("--kernel", default="auto", help="force one kind of kernel")
+    parser.add_argument("--latencies", type=Path, help="table of mpqc profile to choose kernels by")
+    parser.add_argument("--widths", default=WIDTHS)
     parser.add_argument("--layers", default=",".join(LAYERS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("-o", "--output", type=Path, default=Path("layers"))
-    args = parser.parse_args()
-    widths = args.widths.split(",")
-    results = []
-    for name in args.layers.split(","):
-        start = time.perf_counter()
-        results.append(measure(name, widths, args.target, args.kernel, args.rounds))
-        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    print(table(results, widths))
-    facts = machine(pipeline.versions())
-    report = {"target": args.target, "threads": 1, "machine": facts, "layers": results}
-    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/benchmarks"))
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="document to update")
+    args = parser.parse_args(arguments)
     try:
-        plot(results, widths, args.output.with_suffix(".png"))
-    except ImportError:
-        print("no plot: install matplotlib (pip install 'mpqc[report]')", file=sys.stderr)
+        use_isa(args.ort_isa)
+
+        from mpqc import pipeline
+        from mpqc.bench import machine
+        from mpqc.target import find_target
+
+        recipe = Recipe(args.target, args.kernel, args.latencies, ends=None)
+        clock, widths, results = Clock(), args.widths.split(","), []
+        for name in args.layers.split(","):
+            print(name, file=sys.stderr)
+            builds = args.output / "builds"
+            results.append(measure(name, widths, recipe, args.rounds, builds, clock))
+        content = {
+            "target": args.target, "ort_isa": args.ort_isa, "kernel": args.kernel, "threads": 1,
+            "wide": find_target(args.target).vector_bits == 512, "hertz": clock.hertz,
+            "widths": widths, "layers": results, "machine": machine(pipeline.versions()),
+        }  # fmt: skip
+        write(content, args.output, args.markdown)
+    except MpqcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
