@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mpqc import cli_compare, cli_finetune, cli_profile, cli_search, console, tables
+from mpqc import cli_compare, cli_export, cli_finetune, cli_profile, cli_search, console, tables
 from mpqc.cli_options import (
     VERBOSE,
     ArtifactPath,
@@ -440,7 +440,7 @@ def demo(
         raise CheckFailed("a build does not compute what its reference says")
 
 
-for verbs in (cli_search, cli_finetune, cli_profile, cli_compare):
+for verbs in (cli_search, cli_finetune, cli_profile, cli_compare, cli_export):
     verbs.register(app)
 
 

@@ -20,6 +20,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "mpqc/onnx_nodes.py",
         "mpqc/onnx_evaluator.py",
         "mpqc/onnx_parts.py",
+        "mpqc/onnx_quantized.py",
     ),
     "onnxruntime": ("mpqc/ort.py",),
     "tvm": (
