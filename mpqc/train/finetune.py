@@ -36,6 +36,7 @@ from mpqc.train.loop import (
     Report,
     Teacher,
     Training,
+    TrainingDiverged,
     evaluate,
     find_device,
     seeded,
@@ -217,6 +218,7 @@ def finetune(
     work.run(report, saved, about, options.every)
     seconds = time.monotonic() - started
     phase("write")
+    _check_finite(network, saved)
     after = evaluate(network, held, objective, judge, recipe.batch_size) if len(held) else None
     _write(output, _file(model, dims, network))
     bound = plan.model_copy(update={"model_sha256": sha256(output.read_bytes()).hexdigest()})
@@ -310,6 +312,18 @@ def _about(digest: str, plan: Plan, options: Options, training: TrainingSet) -> 
         "the loss": f"{options.distance}, labels {options.label_weight}, T {options.temperature}",
         "the training data": f"{len(training)} samples, checksum {probe:08x}",
     }
+
+
+def _check_finite(network: GraphModule, saved: Path) -> None:
+    """BatchNormalization hides weights that grew beyond all bounds from the loss."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        graph = folded(network.to_graph())
+    for name, array in graph.constants.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise TrainingDiverged(
+                f"training diverged: {name!r} of the trained network is NaN or infinite "
+                f"({saved} has its last state): train with a lower --lr"
+            )
 
 
 def _file(model: str | Path, dims: Mapping[str, int] | None, network: GraphModule) -> bytes:

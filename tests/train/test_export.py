@@ -1,0 +1,128 @@
+"""The trained network as an ONNX file with quantizers computes what the module does."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
+
+from mpqc.calibration import calibrate
+from mpqc.data import open_data
+from mpqc.graph import Graph, Precision
+from mpqc.onnx_export import to_onnx
+from mpqc.onnx_parts import open_batch
+from mpqc.ort import Session
+from mpqc.passes.find_layers import shared_tensors
+from mpqc.passes.quantize_layers import tensors_to_calibrate
+from mpqc.plan import LayerPlan, Plan
+from mpqc.train import GraphModule, Quantizers, folded, quantize_module
+from mpqc.train.export import batch_is_open, to_qdq
+from tests.train.conftest import NETWORK
+from tests.train.test_quantized_layer import BLOCK, setting
+
+
+def made(text: str, plan: Plan, weights: str = "lsq") -> tuple[GraphModule, Graph, dict]:  # type: ignore[type-arg]
+    graph, calibration, arrays = setting(text, plan)
+    module = GraphModule(graph)
+    quantize_module(module, plan, calibration, None, Quantizers(weights))  # type: ignore[arg-type]
+    module.eval()
+    rules = {name: module.tensors.find(name).rule() for name in module.tensors.names()}
+    return module, to_qdq(folded(module.to_graph()), module.rounded(), rules), arrays
+
+
+def check(
+    module: GraphModule, qdq: Graph, x: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"
+) -> None:
+    name = next(iter(qdq.inputs))
+    batch = qdq.inputs[name].shape[0]
+    with torch.no_grad():
+        got = module({name: torch.from_numpy(x[:batch])})
+    for value, array in Session(to_onnx(qdq)).run({name: x[:batch]}).items():
+        # a float product on the border of two codes may round the other way
+        assert np.isclose(got[value].numpy(), array, rtol=1e-4, atol=1e-5).mean() > 0.9
+
+
+@pytest.mark.parametrize("weights", ["lsq", "lsq-odd", "dorefa", "dorefa-modified"])
+@pytest.mark.parametrize("bits", ["w1a1", "w2a3", "w4a4", "w8a8"])
+def test_onnx_runtime_computes_the_trained_network(bits: str, weights: str) -> None:
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision.parse(bits), None)
+    module, qdq, arrays = made(NETWORK, plan, weights)
+    check(module, qdq, arrays["x"])
+
+
+@pytest.mark.parametrize("bits", ["w2a2", "w8a8"])
+def test_matrix_products_of_any_rank(bits: str) -> None:
+    plan = Plan.uniform(Graph.parse(BLOCK), Precision.parse(bits), None)
+    module, qdq, arrays = made(BLOCK, plan)
+    check(module, qdq, arrays["x"])
+
+
+def test_shared_tensors_and_layers_in_float() -> None:
+    graph = Graph.parse(NETWORK)
+    layers = {
+        "depthwise": LayerPlan(weight_bits=3, activation_bits=4),
+        "pointwise": LayerPlan(weight_bits=2, activation_bits=5),
+    }
+    plan = Plan(model_sha256="0" * 64, layers=layers)
+    plan = plan.with_tensors(shared_tensors(folded(graph), plan.layers), 5)
+    module, qdq, arrays = made(NETWORK, plan)
+    check(module, qdq, arrays["x"])
+    assert qdq["conv1"].inputs[0] == "x"
+    assert qdq["pointwise"].inputs[0] == qdq["a"].inputs[0], "one quantizer serves all readers"
+
+
+def test_the_width_is_that_of_the_clip_and_of_the_integers() -> None:
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision(3, 2), None)
+    _, qdq, _ = made(NETWORK, plan)
+    weight = qdq.producer(qdq["conv1"].inputs[1])
+    assert weight is not None
+    clip = qdq.producer(weight.inputs[0])
+    assert clip is not None
+    assert clip.op == "Clip"
+    codes, low, high = (qdq.constants[name] for name in clip.inputs)
+    assert (int(low), int(high), str(codes.dtype)) == (-4, 3, "int8")
+    assert codes.min() >= -4
+    assert codes.max() <= 3
+    data = qdq.producer(qdq["conv1"].inputs[0])
+    assert data is not None
+    clip = qdq.producer(data.inputs[0])
+    assert clip is not None
+    assert int(qdq.constants[clip.inputs[2]]) == 3
+
+
+def test_the_batch_opens_where_no_constant_holds_it() -> None:
+    module, qdq, arrays = made(NETWORK, Plan.uniform(Graph.parse(NETWORK), Precision(4, 4), None))
+    opened = Session(open_batch(to_onnx(qdq)))
+    given = arrays["x"][:7]
+    with torch.no_grad():
+        got = module({"x": torch.from_numpy(given)})["y"].numpy()
+    assert np.isclose(opened.run({"x": given})["y"], got, atol=1e-5).mean() > 0.9
+    one = Graph.parse(NETWORK.replace("[4,", "[1,"))
+    assert batch_is_open(one, Graph.parse(NETWORK)) == all(
+        np.array_equal(one.constants[name], array)
+        for name, array in Graph.parse(NETWORK).constants.items()
+    )
+
+
+def test_a_constant_that_holds_the_batch_keeps_it_closed() -> None:
+    def graph(batch: int) -> Graph:
+        return Graph.parse(
+            f"""
+            %x = Input() : f32[{batch},4]
+            %s = Constant() {{value=[{batch}, 2, 2]}} : i64[3]
+            %y = Reshape(%x, %s) : f32[{batch},2,2]
+            return %y
+            """
+        )
+
+    assert batch_is_open(graph(1), graph(1))
+    assert not batch_is_open(graph(1), graph(2))
+
+
+def test_calibration_is_enough_to_start() -> None:
+    graph = Graph.parse(NETWORK)
+    plan = Plan.uniform(graph, Precision(4, 4), None)
+    data = open_data({"x": np.zeros((4, 3, 6, 6), np.float32)}, folded(graph))
+    calibration = calibrate(folded(graph), data, tensors_to_calibrate(folded(graph), plan))
+    module = GraphModule(graph)
+    quantize_module(module, plan, calibration)
+    assert np.isfinite(module.eval()({"x": torch.zeros(4, 3, 6, 6)})["y"].detach().numpy()).all()
