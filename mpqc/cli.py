@@ -29,6 +29,7 @@ from mpqc.cli_options import (
     Verbose,
     board_or_here,
     parse_dims,
+    read_plan,
 )
 from mpqc.errors import CheckFailed, MpqcError, UsageError
 
@@ -182,7 +183,6 @@ def compile_(
     from mpqc.graph import Precision
     from mpqc.model_source import Form
     from mpqc.pipeline import Options, compile_model
-    from mpqc.plan import Plan
     from mpqc.rounding import Accuracy
     from mpqc.target import find_target
 
@@ -201,8 +201,8 @@ def compile_(
     )
     widths = None if bits is None else Precision.parse(bits)
     ends = None if first_last == "same" else Precision.parse(first_last)
-    loaded = None if plan is None else Plan.load(plan)
     dims = parse_dims(dim)
+    loaded = read_plan(plan, model, dims)
     if plan is None and bits is None:
         console.note("neither --plan nor --bits: every layer stays in float")
     with console.Phases(verbose) as phases:

@@ -18,6 +18,7 @@ from mpqc.cli_options import (
     Seed,
     Verbose,
     parse_dims,
+    read_plan,
 )
 from mpqc.errors import UsageError
 
@@ -98,10 +99,10 @@ def export(
     from mpqc.export_model import export_model
     from mpqc.graph import Precision
     from mpqc.pipeline import Options
-    from mpqc.plan import Plan
     from mpqc.rounding import Accuracy
     from mpqc.target import find_target
 
+    dims = parse_dims(dim)
     options = Options(
         find_target("native"),
         method=calibration,
@@ -115,12 +116,12 @@ def export(
             output,
             form,
             options,
-            plan=None if plan is None else Plan.load(plan),
+            plan=read_plan(plan, model, dims),
             bits=None if bits is None else Precision.parse(bits),
             ends=None if first_last == "same" else Precision.parse(first_last),
             data=None if data is None else lambda graph: open_data(data, graph, preprocess),
             residual_bits=residual_bits,
-            dims=parse_dims(dim),
+            dims=dims,
             batch=batch,
             force=force,
             overwrite=overwrite,

@@ -12,6 +12,7 @@ from mpqc.errors import UsageError
 if TYPE_CHECKING:
     from mpqc.artifact import Artifact
     from mpqc.boards.board import Board
+    from mpqc.plan import Plan
 
 VERBOSE = "mpqc.verbose"  # where the context remembers -v, for messages about errors
 
@@ -76,6 +77,19 @@ def board_or_here(
 
     with Board(host, target_of(artifact), threads, timeout) as board:
         yield board
+
+
+def read_plan(path: Path | None, model: Path, dims: dict[str, int]) -> "Plan | None":
+    """The plan of ``--plan``: ours or another tool's, of which a line on stderr tells."""
+    if path is None:
+        return None
+    from mpqc import console
+    from mpqc.foreign_plan import load_plan
+
+    plan, foreign = load_plan(path, model, dims)
+    if foreign is not None:
+        console.note(foreign.message)
+    return plan
 
 
 def parse_dims(pairs: list[str] | None) -> dict[str, int]:

@@ -22,6 +22,7 @@ from mpqc.artifact import Artifact, check_output, new_file, write_json
 from mpqc.bench import CALIBRATION_SAMPLES, OPPONENTS, machine, opponent, take_turns
 from mpqc.data import Data, open_data
 from mpqc.errors import EnvironmentLacks, MpqcError, OutputError, PlanError, UsageError
+from mpqc.foreign_plan import load_plan
 from mpqc.graph import Array, Graph, Precision
 from mpqc.onnx_export import to_onnx
 from mpqc.ort import Session
@@ -199,7 +200,7 @@ def _plans(subject: Subject, graph: Graph, sha256: str) -> dict[str, tuple[str, 
         name = re.sub(r"[^\w.+-]", "_", path.stem)
         if name in found or name in OPPONENTS:
             raise UsageError(f"two builds are named {name!r}: rename {path}")
-        plan = Plan.load(path)
+        plan, _ = load_plan(path, subject.model, subject.dims)
         try:
             plan.check(graph, sha256, subject.force)
         except PlanError as error:
