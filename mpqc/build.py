@@ -107,7 +107,7 @@ def build(
         gcc.run(
             "-shared", *SOURCES, *map(str, objects), "-o", "model.so", "-nostartfiles",
             "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
-            "-Wl,--gc-sections", "-Wl,-s", *libraries, "-lm",
+            "-Wl,--gc-sections", "-Wl,-s", *_layout(target), *libraries, "-lm",
         )  # fmt: skip
         archive = None
         if form.static:
@@ -133,6 +133,16 @@ def build(
         scratch_bytes(program, memory, workspace, target),
         code,
     )
+
+
+def _layout(target: Target) -> list[str]:
+    """Options of the linker for a small file.
+
+    Pages of aarch64 may have 64 KiB, and GNU ld fills up to one of them with zeros so that the
+    loader can write-protect what it has relocated: here the dynamic section and a few pointers to
+    names and shapes. It would protect no pointer to code: the kernels' hooks are plain data.
+    """
+    return ["-Wl,-z,norelro"] if target.arch == "aarch64" else []
 
 
 SOURCES = (str(CSRC / "runtime.c"), "model.c")
@@ -161,8 +171,8 @@ class _Compiler:
         )
         command = [
             *self.command, "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", *flags,
-            "-fno-stack-protector", "-Wall", "-Wextra", "-Werror=implicit-function-declaration",
-            "-I", ".", "-I", str(CSRC), *arguments,
+            "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-Wall", "-Wextra",
+            "-Werror=implicit-function-declaration", "-I", ".", "-I", str(CSRC), *arguments,
         ]  # fmt: skip
         self._call(command, "link the model")
 

@@ -179,11 +179,22 @@ def _weigh_pairs(pair: te.Tensor, negative_top: bool) -> te.Tensor:
     i = te.reduce_axis((0, a_bits), "i")
 
     def weigh(n: Expr, y: Expr, x: Expr, o: Expr, lane: Expr) -> Expr:
-        count = pair[n, y, x, o, j, i, lane].astype("int32") << (i + j).astype("int32")
-        signed = tirx.Select(j == j_bits - 1, -count, count) if negative_top else count
-        return te.sum(signed, axis=[j, i])
+        factor = _plane_factor(i + j, j == j_bits - 1 if negative_top else None)
+        weighed = pair[n, y, x, o, j, i, lane].astype("uint32") * factor
+        return te.sum(weighed.astype("int32"), axis=[j, i])
 
     return te.compute((*pair.shape[:4], lanes), weigh, name="acc")
+
+
+def _plane_factor(shift: Expr, negative: Expr | None) -> Expr:
+    """+-2**shift modulo 2**32: a scalar, which LLVM would not make of a shift of vectors.
+
+    Unsigned: TVM widens int32 arithmetic with indices to int64, which costs vectors twice.
+    """
+    one = tirx.const(1, "uint32")
+    if negative is not None:
+        one = tirx.Select(negative, tirx.const(2**32 - 1, "uint32"), one)
+    return one << shift.astype("uint32")
 
 
 def lut_conv(
@@ -251,10 +262,9 @@ def lut_conv(
     j = te.reduce_axis((0, j_bits), "j")
 
     def weigh(n: Expr, y: Expr, x: Expr, o: Expr, lane: Expr) -> Expr:
-        count = pair[n, y, x, o, j, lane].astype("int32") << j.astype("int32")
-        return te.sum(
-            tirx.Select(j == j_bits - 1, -count, count) if negative_top else count, axis=[j]
-        )
+        factor = _plane_factor(j, j == j_bits - 1 if negative_top else None)
+        weighed = pair[n, y, x, o, j, lane].astype("uint32") * factor
+        return te.sum(weighed.astype("int32"), axis=[j])
 
     return te.compute((window.n, window.oh, window.ow, blocks, lanes), weigh, name="acc")
 

@@ -16,7 +16,7 @@ from tvm.s_tir import Schedule
 from mpqc import compute
 from mpqc.compute import Window
 from mpqc.graph import TensorType
-from mpqc.schedules import conv_cpu, pad_script, simple_cpu
+from mpqc.schedules import conv_cpu, pack_script, pad_script, simple_cpu
 from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
@@ -554,8 +554,11 @@ def elementwise_kernel(
     return _kernel(holders, results, lambda sch: simple_cpu.elementwise(sch, names), "elementwise")
 
 
-def pack_kernel(pixels: int, channels: int, groups: int, bits: int) -> Kernel:
+def pack_kernel(pixels: int, channels: int, groups: int, bits: int, arch: str = "") -> Kernel:
     """Codes [pixels, channels] -> planes [bits, pixels, groups * ceil(channels/groups/8)]."""
+    if channels // groups % 8 == 0 and pack_script.packs(pixels * channels, arch):
+        func, kinds = pack_script.pack(pixels * channels, bits, arch)
+        return Kernel(func, (kinds[0],), (kinds[1],), "pack")
     codes = te.placeholder((pixels, channels), "uint8", "codes")
     planes = compute.pack_groups(codes, groups, bits)
     return _kernel([codes], [planes], simple_cpu.pack, "pack")

@@ -272,16 +272,15 @@ def model_source(
     arity = {step.kernel: len(step.inputs) + len(step.outputs) for step in program.steps}
     lines = ['#include "runtime.h"', ""]
     lines += [f"int {name}({', '.join(['void*'] * count)});" for name, count in arity.items()]
+    # a switch, not a table of pointers: those would be writable until the loader has set them
+    lines += ["int mpqc_call_step(int index, uint8_t* a) {", "  (void)a;", "  switch (index) {"]
     for index, step in enumerate(program.steps):
         args = ", ".join(place(name) for name in (*step.inputs, *step.outputs))
-        lines.append(
-            f"static int step_{index}(uint8_t* a) {{ (void)a; return {step.kernel}({args}); }}"
-        )
-    names = [f"step_{index}" for index in range(len(program.steps))]
+        lines.append(f"    case {index}: return {step.kernel}({args});")
+    lines += ["    default: return 1;", "  }", "}"]
     results = {name: program.root(buffer) for name, buffer in program.results.items()}
     lines += [
-        f"const mpqc_step_fn mpqc_steps[] = {{{', '.join(names) or '0'}}};",
-        f"const int mpqc_steps_n = {len(names)};",
+        f"const int mpqc_steps_n = {len(program.steps)};",
         "const size_t mpqc_workspaces[][2] = {"
         + (", ".join(f"{{{place}, {size}}}" for place, size in workspaces) or "{0}")
         + "};",

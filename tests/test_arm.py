@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpqc import kernels
+from mpqc import kernels, packing
 from mpqc.artifact import Artifact
 from mpqc.compute import Window
 from mpqc.data import open_data
@@ -15,6 +15,7 @@ from mpqc.demo import files
 from mpqc.graph import Array, Precision
 from mpqc.ort import Session
 from mpqc.pipeline import Options, compile_model, import_model
+from mpqc.schedules import pack_script
 from mpqc.schedules.arm_intrinsics import most_product
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.select_kernel import MOST_LUT_BITS
@@ -119,6 +120,21 @@ def test_long_runs_are_counted_in_bytes() -> None:
     assert kernels.popcount_instruction(Case(SMALL, 64, 8).layer, RPI4) == "uadalp"
     assert kernels.popcount_instruction(Case(SMALL, 64, 8).layer, V7) == "vpadal"
     check(wide, "bitplane", RPI4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize(("pixels", "channels"), [(1, 128), (49, 8), (7, 24), (3, 1000), (1, 40)])
+@pytest.mark.parametrize("target", [RPI4, V7], ids=lambda t: t.name)
+def test_codes_are_packed(target: Target, pixels: int, channels: int, bits: int) -> None:
+    """Whole steps, a last one that overlaps, and too few codes for a step."""
+    kernel = kernels.pack_kernel(pixels, channels, 1, bits, target.arch)
+    assert pack_script.packs(pixels * channels, target.arch) == (pixels * channels >= 128)
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (pixels, channels)).astype(np.uint8)
+    result = kernel_runner.tensor(np.zeros(kernel.outputs[0].shape, np.uint8))
+    flat = codes.reshape(kernel.inputs[0].shape)
+    kernel_runner.compiled(kernel, target)["main"](kernel_runner.tensor(flat), result)
+    expected = packing.bits_to_bytes(codes, bits)
+    np.testing.assert_array_equal(result.numpy().reshape(expected.shape), expected)
 
 
 def generated(seed: int) -> Case:

@@ -24,8 +24,10 @@ from mpqc.errors import UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.model_source import Form
 from mpqc.pipeline import Options, compile_model, import_model
+from mpqc.rounding import Accuracy
 from mpqc.runtime import CompiledModel, load
 from mpqc.target import TARGETS, find_target, native
+from tests.arm_emulator import cross_compiler
 from tests.c_programs import call, compiled, library, needs
 from tests.graph_runner import feeds, parse
 from tests.test_lowering import CHAIN, RESIDUAL
@@ -395,7 +397,14 @@ def test_weights_take_the_bits_that_they_need(shared: Built, tmp_path: Path) -> 
             np.testing.assert_array_equal(got, wanted)
 
 
-def compile_real(model: Path, bits: str, output: Path, form: Form, target: str = "native") -> Any:
+def compile_real(
+    model: Path,
+    bits: str,
+    output: Path,
+    form: Form,
+    target: str = "native",
+    accuracy: Accuracy = Accuracy(),  # noqa: B008 - frozen
+) -> Any:
     graph = import_model(model)
     generator = np.random.default_rng(0)
     samples = {
@@ -404,7 +413,9 @@ def compile_real(model: Path, bits: str, output: Path, form: Form, target: str =
         else generator.integers(0, 256, kind.shape).astype(kind.dtype)
         for name, kind in graph.inputs.items()
     }
-    options = Options(find_target(target), max_samples=4, form=form, latencies=None)
+    options = Options(
+        find_target(target), max_samples=4, form=form, latencies=None, accuracy=accuracy
+    )
     return compile_model(
         model, output, options, bits=Precision.parse(bits), data=open_data(samples, graph)
     )
@@ -434,10 +445,20 @@ def test_scratch_memory_is_near_the_least(name: str, shared_models: Path, tmp_pa
     assert {"model.h", "model.a"} <= {path.name for path in artifact.folder.iterdir()}
 
 
-@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4-vnni"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "x86-64-v3", "rpi4",
+        *(pytest.param(name, marks=pytest.mark.slow)
+          for name in ("x86-64-v2", "x86-64-v4-vnni", "rpi3", "rpi5", "aarch64", "armv7")),
+    ],
+)  # fmt: skip
 def test_a_two_bit_mobilenet_is_small(shared_models: Path, tmp_path: Path, target: str) -> None:
+    if find_target(target).arch != native().arch:
+        cross_compiler(find_target(target))
     model = shared_models / "mobilenet_v1_0.25_224.onnx"
-    artifact = compile_real(model, "w2a2", tmp_path / "net", Form(), target)
+    nearest = Accuracy(rounding="nearest", clipping="mse")  # of the same size
+    artifact = compile_real(model, "w2a2", tmp_path / "net", Form(), target, nearest)
     assert artifact.library.stat().st_size < 450_000
 
 

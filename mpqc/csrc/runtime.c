@@ -389,7 +389,7 @@ static int step(mpqc_model* m, int index) {
     if (mpqc_inputs[i].bytes)
       memcpy(m->arena + mpqc_input_offsets[i], m->sources[i], mpqc_inputs[i].bytes);
   m->pool = (struct pool){m->arena + mpqc_workspaces[index][0], mpqc_workspaces[index][1], 0};
-  if (mpqc_steps[index](m->arena)) return MPQC_KERNEL_FAILED;
+  if (mpqc_call_step(index, m->arena)) return MPQC_KERNEL_FAILED;
   for (int i = 0; i < mpqc_outputs_n && index == mpqc_steps_n - 1; i++)
     if (mpqc_outputs[i].bytes)
       memcpy(m->results[i], m->arena + mpqc_output_offsets[i], mpqc_outputs[i].bytes);

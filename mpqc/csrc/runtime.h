@@ -10,8 +10,6 @@
 
 #define MPQC_HOOK __attribute__((visibility("hidden")))
 
-typedef int (*mpqc_step_fn)(uint8_t* arena);
-
 /* A constant whose values need fewer bits than their type has:
  * value[i] = low + scale * (bits `i * bits` to `(i + 1) * bits` of the source, lowest bit first). */
 struct mpqc_narrow {
@@ -26,7 +24,6 @@ extern const mpqc_tensor mpqc_inputs[] MPQC_HOOK;
 extern const mpqc_tensor mpqc_outputs[] MPQC_HOOK;
 extern const size_t mpqc_input_offsets[] MPQC_HOOK, mpqc_output_offsets[] MPQC_HOOK;
 extern const int mpqc_inputs_n MPQC_HOOK, mpqc_outputs_n MPQC_HOOK, mpqc_steps_n MPQC_HOOK;
-extern const mpqc_step_fn mpqc_steps[] MPQC_HOOK;
 extern const size_t mpqc_workspaces[][2] MPQC_HOOK; /* of each step: offset in the arena, size */
 extern const struct mpqc_narrow mpqc_narrows[] MPQC_HOOK;
 extern const int mpqc_narrows_n MPQC_HOOK;
@@ -34,5 +31,6 @@ extern const mpqc_about mpqc_identity MPQC_HOOK;
 extern const char mpqc_manifest_begin[] MPQC_HOOK, mpqc_manifest_end[] MPQC_HOOK;
 extern const uint8_t mpqc_weights[] MPQC_HOOK;
 extern uint8_t mpqc_shared[] MPQC_HOOK;
+int mpqc_call_step(int index, uint8_t* arena) MPQC_HOOK;
 int mpqc_machine_fits(void) MPQC_HOOK;
 #endif
