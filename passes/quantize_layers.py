@@ -48,6 +48,8 @@ class QuantizeLayers(Pass):
         method: how ranges follow from histograms.
         correct_bias: subtract from the bias what rounding the weights adds to the mean of each
             output channel on the calibration data; below eight bits it decides over accuracy.
+        rounded: what layers compute with, where that is known better than by rounding.
+        rules: of the plan's tensors, where they are known better than by calibration.
     """
 
     name = "quantize-layers"
@@ -57,6 +59,7 @@ class QuantizeLayers(Pass):
     method: Method = "mse"
     correct_bias: bool = True
     rounded: Mapping[str, RoundedLayer] = field(default_factory=dict)
+    rules: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
 
     def requires(self, graph: Graph) -> None:
         self.plan.check(graph, None)
@@ -65,7 +68,11 @@ class QuantizeLayers(Pass):
         writer = self.writer(graph)
         layers = {layer.name: layer for layer in find_layers(graph)}
         narrowed = {
-            value: writer.narrow(value, self.calibration.quantizer(value, tensor.bits, self.method))
+            value: writer.narrow(
+                value,
+                self.rules.get(value)
+                or self.calibration.quantizer(value, tensor.bits, self.method),
+            )
             for value, tensor in self.plan.tensors.items()
         }
         for node in graph:

@@ -33,8 +33,9 @@ bit: codes, integer sums, one multiplication and addition in float32, BatchNorm 
 whose ``rounded`` is None (mixtures) compute in evaluation as in training.
 
 ``module.rounded()`` is the result for the compiler: a ``RoundedLayer`` for each layer, for
-``QuantizeLayers(plan, calibration, rounded=...)`` on ``folded(module.to_graph(graph))``, where
-``graph`` is the same model loaded at another batch; ``export.to_qdq`` writes it as a file.
+``QuantizeLayers(plan, calibration, rounded=..., rules=module.rules())`` on
+``folded(module.to_graph(graph))``, where ``graph`` is the same model loaded at another batch;
+``export.to_qcdq`` writes it as a file.
 
 ``loop.train`` runs epochs (distillation, labels, cosine schedule, EMA, checkpoints, resume);
 ``batches.TrainingSet`` holds samples and deals them in an order that the seed and the epoch fix;

@@ -21,7 +21,6 @@ from mpqc.calibration import calibrate
 from mpqc.data import Data, open_data
 from mpqc.errors import EnvironmentLacks, OutputError, UsageError
 from mpqc.graph import Graph, Precision
-from mpqc.onnx_export import to_onnx
 from mpqc.onnx_parts import open_batch
 from mpqc.passes.quantize_layers import tensors_to_calibrate
 from mpqc.passes.round_layers import round_layers
@@ -29,7 +28,7 @@ from mpqc.plan import Plan
 from mpqc.rounding import Accuracy
 from mpqc.train import checkpoint
 from mpqc.train.batches import TrainingSet
-from mpqc.train.export import batch_is_open, to_qdq
+from mpqc.train.export import batch_is_open, to_qcdq
 from mpqc.train.loop import (
     EpochRecord,
     Recipe,
@@ -220,7 +219,7 @@ def finetune(
     phase("write")
     _check_finite(network, saved)
     after = evaluate(network, held, objective, judge, recipe.batch_size) if len(held) else None
-    _write(output, _file(model, dims, network))
+    _write(output, _file(model, dims, network, plan))
     bound = plan.model_copy(update={"model_sha256": sha256(output.read_bytes()).hexdigest()})
     bound.save(plan_path)
     notes = _write_history(folder, work.history, objective.metric, reference)
@@ -326,11 +325,12 @@ def _check_finite(network: GraphModule, saved: Path) -> None:
             )
 
 
-def _file(model: str | Path, dims: Mapping[str, int] | None, network: GraphModule) -> bytes:
+def _file(
+    model: str | Path, dims: Mapping[str, int] | None, network: GraphModule, plan: Plan
+) -> bytes:
     """The quantized model, its batch open where the float model's is."""
     one = load_graph(model, dims, 1)
-    rules = {name: network.tensors.find(name).rule() for name in network.tensors.names()}
-    made = to_onnx(to_qdq(folded(network.to_graph(one)), network.rounded(), rules))
+    made = to_qcdq(network, plan, one)
     two = load_graph(model, dims, 2)
     opened = next(iter(two.inputs.values())).shape[:1] == (2,) and batch_is_open(one, two)
     return open_batch(made) if opened else made

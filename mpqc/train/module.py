@@ -16,6 +16,7 @@ from mpqc.passes.drop_dead import DropDead
 from mpqc.passes.find_layers import Layer, find_layers
 from mpqc.passes.fold_batch_norm import affine_chain
 from mpqc.passes.fold_pad import FoldPad
+from mpqc.quantizers import ActivationQuantizer
 from mpqc.rounding import RoundedLayer
 from mpqc.train import ops
 from mpqc.train.deployment import Deployed, deploy
@@ -343,6 +344,10 @@ class GraphModule(nn.Module):
             _, scale, shift = affine_chain(graph, graph[name])
             found[name] = deploy(made, scale, shift, self.layers[name].op == "Conv")
         return found
+
+    def rules(self) -> dict[str, ActivationQuantizer]:
+        """Value -> rule of its quantizer, for values that all readers see quantized."""
+        return {name: self.tensors.find(name).rule() for name in self.tensors.names()}
 
     def deployed(self) -> dict[str, Deployed]:
         """Layer -> its compiled arithmetic as tensors; kept until a weight changes."""

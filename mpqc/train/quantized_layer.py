@@ -68,7 +68,8 @@ class Quantizers:
 
     Attributes:
         weights: ``lsq`` two's complement with a learned step a channel; ``lsq-odd`` symmetric
-            levels without zero; DoReFa's three forms. One bit is +-1 in all of them.
+            levels without zero; DoReFa's three forms. One bit is +-1 in all of them, eight bits
+            are two's complement.
         inputs: ``lsq`` learns a step, ``pact`` a clip of non-negative values; values of both
             signs always take ``lsq``.
     """
@@ -88,9 +89,12 @@ class Quantizers:
             if not isinstance(bits, int) and len(set(bits)) > 1:
                 raise UsageError("DoReFa's quantizer has one width a layer: take lsq")
             width = bits if isinstance(bits, int) else bits[0]
+            if width == 8:  # what 8-bit types hold
+                return LsqWeights.fitted(weight, 8)
             _, _, scheme = self.weights.partition("-")
             return DoReFaWeights(width, weight, scheme or "original")  # type: ignore[arg-type]
-        odd = self.weights == "lsq-odd" and (isinstance(bits, int) or len(set(bits)) == 1)
+        same = isinstance(bits, int) or len(set(bits)) == 1
+        odd = self.weights == "lsq-odd" and same and np.max(bits) < 8
         return LsqWeights.fitted(weight, bits, odd)
 
     def data(self, rule: ActivationQuantizer, values: int = 1) -> InputQuantizer:

@@ -7,53 +7,56 @@ torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
 
 from mpqc.calibration import calibrate
 from mpqc.data import open_data
-from mpqc.graph import Graph, Precision
-from mpqc.onnx_export import to_onnx
+from mpqc.graph import Array, Graph, Precision
 from mpqc.onnx_parts import open_batch
+from mpqc.onnx_quantized import layer_widths
 from mpqc.ort import Session
 from mpqc.passes.find_layers import shared_tensors
 from mpqc.passes.quantize_layers import tensors_to_calibrate
 from mpqc.plan import LayerPlan, Plan
 from mpqc.train import GraphModule, Quantizers, folded, quantize_module
-from mpqc.train.export import batch_is_open, to_qdq
+from mpqc.train.export import batch_is_open, fake_quantized, to_qcdq
+from mpqc.train.quantized_layer import WeightScheme
 from tests.train.conftest import NETWORK
 from tests.train.test_quantized_layer import BLOCK, setting
 
+Made = tuple[GraphModule, bytes, dict[str, Array]]
 
-def made(text: str, plan: Plan, weights: str = "lsq") -> tuple[GraphModule, Graph, dict]:  # type: ignore[type-arg]
+
+def made(text: str, plan: Plan, weights: WeightScheme = "lsq") -> Made:
     graph, calibration, arrays = setting(text, plan)
     module = GraphModule(graph)
-    quantize_module(module, plan, calibration, None, Quantizers(weights))  # type: ignore[arg-type]
-    module.eval()
-    rules = {name: module.tensors.find(name).rule() for name in module.tensors.names()}
-    return module, to_qdq(folded(module.to_graph()), module.rounded(), rules), arrays
+    quantize_module(module, plan, calibration, None, Quantizers(weights))
+    with torch.no_grad():  # as if trained
+        for parameter in module.tensors.parameters():
+            parameter.add_(0.1)
+    return module.eval(), to_qcdq(module, plan), arrays
 
 
-def check(
-    module: GraphModule, qdq: Graph, x: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"
-) -> None:
-    name = next(iter(qdq.inputs))
-    batch = qdq.inputs[name].shape[0]
+def check(module: GraphModule, model: bytes, x: Array) -> None:
+    session = Session(model)
+    (name,) = session.inputs
+    batch = module.graph.inputs[name].shape[0]
     with torch.no_grad():
         got = module({name: torch.from_numpy(x[:batch])})
-    for value, array in Session(to_onnx(qdq)).run({name: x[:batch]}).items():
+    for value, array in session.run({name: x[:batch]}).items():
         # a float product on the border of two codes may round the other way
         assert np.isclose(got[value].numpy(), array, rtol=1e-4, atol=1e-5).mean() > 0.9
 
 
 @pytest.mark.parametrize("weights", ["lsq", "lsq-odd", "dorefa", "dorefa-modified"])
 @pytest.mark.parametrize("bits", ["w1a1", "w2a3", "w4a4", "w8a8"])
-def test_onnx_runtime_computes_the_trained_network(bits: str, weights: str) -> None:
+def test_onnx_runtime_computes_the_trained_network(bits: str, weights: WeightScheme) -> None:
     plan = Plan.uniform(Graph.parse(NETWORK), Precision.parse(bits), None)
-    module, qdq, arrays = made(NETWORK, plan, weights)
-    check(module, qdq, arrays["x"])
+    module, model, arrays = made(NETWORK, plan, weights)
+    check(module, model, arrays["x"])
 
 
 @pytest.mark.parametrize("bits", ["w2a2", "w8a8"])
 def test_matrix_products_of_any_rank(bits: str) -> None:
     plan = Plan.uniform(Graph.parse(BLOCK), Precision.parse(bits), None)
-    module, qdq, arrays = made(BLOCK, plan)
-    check(module, qdq, arrays["x"])
+    module, model, arrays = made(BLOCK, plan)
+    check(module, model, arrays["x"])
 
 
 def test_shared_tensors_and_layers_in_float() -> None:
@@ -64,34 +67,26 @@ def test_shared_tensors_and_layers_in_float() -> None:
     }
     plan = Plan(model_sha256="0" * 64, layers=layers)
     plan = plan.with_tensors(shared_tensors(folded(graph), plan.layers), 5)
-    module, qdq, arrays = made(NETWORK, plan)
-    check(module, qdq, arrays["x"])
-    assert qdq["conv1"].inputs[0] == "x"
-    assert qdq["pointwise"].inputs[0] == qdq["a"].inputs[0], "one quantizer serves all readers"
+    module, model, arrays = made(NETWORK, plan)
+    check(module, model, arrays["x"])
+    told = fake_quantized(module, plan)
+    assert told["conv1"].inputs[0] == "x"
+    (narrowed,) = module.rules().values()
+    quantizers = [node for node in told if node.op == "Quantize" and node.int_attr("bits") == 5]
+    assert {node.float_attr("scale") for node in quantizers} == {narrowed.scale}
 
 
-def test_the_width_is_that_of_the_clip_and_of_the_integers() -> None:
+def test_the_widths_are_those_of_the_plan() -> None:
     plan = Plan.uniform(Graph.parse(NETWORK), Precision(3, 2), None)
-    _, qdq, _ = made(NETWORK, plan)
-    weight = qdq.producer(qdq["conv1"].inputs[1])
-    assert weight is not None
-    clip = qdq.producer(weight.inputs[0])
-    assert clip is not None
-    assert clip.op == "Clip"
-    codes, low, high = (qdq.constants[name] for name in clip.inputs)
-    assert (int(low), int(high), str(codes.dtype)) == (-4, 3, "int8")
-    assert codes.min() >= -4
-    assert codes.max() <= 3
-    data = qdq.producer(qdq["conv1"].inputs[0])
-    assert data is not None
-    clip = qdq.producer(data.inputs[0])
-    assert clip is not None
-    assert int(qdq.constants[clip.inputs[2]]) == 3
+    module, _, _ = made(NETWORK, plan)
+    assert {tuple(found.values()) for found in layer_widths(fake_quantized(module, plan)).values()
+            if "weight_bits" in found} == {(3, 2)}  # fmt: skip
 
 
 def test_the_batch_opens_where_no_constant_holds_it() -> None:
-    module, qdq, arrays = made(NETWORK, Plan.uniform(Graph.parse(NETWORK), Precision(4, 4), None))
-    opened = Session(open_batch(to_onnx(qdq)))
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision(4, 4), None)
+    module, model, arrays = made(NETWORK, plan)
+    opened = Session(open_batch(model))
     given = arrays["x"][:7]
     with torch.no_grad():
         got = module({"x": torch.from_numpy(given)})["y"].numpy()

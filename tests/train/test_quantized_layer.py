@@ -58,7 +58,7 @@ def setting(text: str, plan: Plan, count: int = 16) -> tuple[Graph, Calibration,
 
 def integer_graph(module: GraphModule, plan: Plan, calibration: Calibration) -> Graph:
     flat = folded(module.to_graph())
-    return QuantizeLayers(plan, calibration, rounded=module.rounded())(flat)
+    return QuantizeLayers(plan, calibration, rounded=module.rounded(), rules=module.rules())(flat)
 
 
 def check(module: GraphModule, plan: Plan, calibration: Calibration, x: Array) -> None:
@@ -145,6 +145,10 @@ def test_widths_of_channels_and_of_shared_tensors() -> None:
     plan = plan.with_tensors(shared_tensors(folded(graph), plan.layers), 5)
     assert plan.tensors
     module, calibration, arrays = rounded_module(NETWORK, plan)
+    check(module, plan, calibration, arrays["x"][:4])
+    with torch.no_grad():  # as if trained
+        for parameter in module.tensors.parameters():
+            parameter.add_(0.1)
     check(module, plan, calibration, arrays["x"][:4])
 
 
