@@ -13,31 +13,37 @@ from mpqc.graph import Array, Precision
 from mpqc.model_source import Form
 from mpqc.pipeline import Options, compile_model
 from mpqc.runtime import load
-from mpqc.target import native
+from mpqc.target import TARGETS, Target, native
+from mpqc.toolchain import CROSS
+from tests.arm_emulator import command, emulator
 from tests.c_programs import call, needs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled_for(target: Target, folder: Path) -> Path:
     model, calibration, _ = demo.files()
-    folder = tmp_path_factory.mktemp("digits") / "build"
-    options = Options(native(), max_samples=50, latencies=None, form=Form(static=True))
+    options = Options(target, max_samples=50, latencies=None, form=Form(static=True))
     compile_model(
-        model, folder, options,
+        model, folder / "build", options,
         bits=Precision(4, 4), data=lambda graph: open_data(str(calibration), graph),
     )  # fmt: skip
-    return folder
+    return folder / "build"
 
 
-def make(example: str, artifact: Path, folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled_for(native(), tmp_path_factory.mktemp("digits"))
+
+
+def make(example: str, artifact: Path, folder: Path, *variables: str) -> Path:
     """Build in a copy, so that the checkout stays clean."""
     needs("make")
     work = folder / example
     shutil.copytree(EXAMPLES / example, work)
     flags = "-O2 -Wall -Wextra -Werror"
-    call(["make", "-C", str(work), f"MODEL={artifact}", f"CFLAGS={flags}", f"CXXFLAGS={flags}"])
+    call(["make", "-C", str(work), f"MODEL={artifact}", f"CFLAGS={flags}", f"CXXFLAGS={flags}",
+          *variables])  # fmt: skip
     return work
 
 
@@ -61,8 +67,8 @@ def expected(artifact: Path, pixels: Array, mean: float, std: float) -> list[int
     return [int(i) for i in np.argsort(-scores.reshape(-1), kind="stable")[:5]]
 
 
-def classes(program: Path, path: Path) -> list[int]:
-    lines = call([str(program), "20", "16", str(path)]).splitlines()
+def classes(program: list[str], path: Path) -> list[int]:
+    lines = call([*program, "20", "16", str(path)]).splitlines()
     return [int(line.split()[1].rstrip(":")) for line in lines]
 
 
@@ -77,14 +83,40 @@ def test_classifies_grey_pictures(
     pixels = picture(seed)
     path = tmp_path / "digit.pgm"
     path.write_bytes(b"P5\n# a digit\n16 16 # wide, high\n255\n" + pixels.tobytes())
-    assert classes(classify, path) == expected(artifact, pixels, 20, 16)
+    assert classes([str(classify)], path) == expected(artifact, pixels, 20, 16)
 
 
 def test_classifies_colour_pictures(classify: Path, artifact: Path, tmp_path: Path) -> None:
     pixels = picture(3)
     path = tmp_path / "digit.ppm"
     path.write_bytes(b"P6 16 16 255\n" + np.repeat(pixels[..., None], 3, axis=-1).tobytes())
-    assert classes(classify, path) == expected(artifact, pixels, 20, 16)
+    assert classes([str(classify)], path) == expected(artifact, pixels, 20, 16)
+
+
+@pytest.mark.parametrize("name", ["rpi4", "armv7"])
+def test_both_run_on_an_emulated_board(
+    artifact: Path, classify: Path, tmp_path: Path, name: str
+) -> None:
+    """The digits and the bits of this machine, by the same Makefiles and a cross compiler."""
+    target = TARGETS[name]
+    prefix = CROSS[target.arch].prefix
+    emulator(target.arch)
+    compilers = [f"CC={needs(f'{prefix}-gcc')}", f"CXX={needs(f'{prefix}-g++')}"]
+    board = compiled_for(target, tmp_path)
+
+    path = tmp_path / "digit.pgm"
+    path.write_bytes(b"P5 16 16 255\n" + picture().tobytes())
+    there = command(target, str(make("c", board, tmp_path, *compilers) / "classify"))
+    assert classes(there, path) == classes([str(classify)], path)
+
+    with np.load(demo.files()[2]) as arrays:
+        x = arrays["input"][:1]
+    x.tofile(tmp_path / "x.bin")
+    there = command(target, str(make("cpp", board, tmp_path, *compilers) / "run_file"))
+    call([*there, str(tmp_path / "x.bin"), str(tmp_path / "y.bin")])
+    with load(artifact) as model:
+        (wanted,) = model.run({"input": x}).values()
+    assert (tmp_path / "y.bin").read_bytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize(
