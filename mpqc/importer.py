@@ -12,6 +12,7 @@ import onnx
 import onnx.inliner
 import onnx.version_converter
 
+from mpqc import contrib_types
 from mpqc.errors import GraphError, ModelError
 from mpqc.graph import Array, Attribute, Graph, Node, TensorType
 from mpqc.onnx_files import read_model, read_tensor, sha256, tensors_of
@@ -41,9 +42,11 @@ _NEVER_FOLDED = frozenset(
         *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Bernoulli"),
         *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
         *("Multinomial", "Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv"),
+        *("MatMulInteger", "QLinearMatMul"),
         *("MaxPool", "AveragePool", "LpPool", "Resize", "Loop", "Scan", "LSTM", "GRU", "RNN"),
     }
 )
+_CODES = frozenset({"int8", "uint8", "int16", "uint16"})
 _DATA_DEPENDENT = frozenset({"NonZero", "Unique", "Compress"})
 # QONNX's quantizers keep the shape of what they quantize.
 _SHAPE_KEEPING = frozenset({"Quant", "BipolarQuant", "Trunc", "IntQuant", "FloatQuant"})
@@ -365,6 +368,10 @@ class _Folder:
         custom = "::" in op
         if custom and proto.op_type in _SHAPE_KEEPING:
             return dict.fromkeys(outputs, self.types[proto.input[0]])
+        if proto.domain == contrib_types.DOMAIN:
+            known = contrib_types.contrib_types(proto, self.types)
+            if known is not None:
+                return dict(known)
         if custom and proto.domain not in self.opsets:
             return {name: self.declared.get(name) for name in outputs}
         try:
@@ -378,6 +385,8 @@ class _Folder:
     def _foldable(self, proto: Any, op: str, kinds: Mapping[str, TensorType | None]) -> bool:
         if "::" in op or op in _NEVER_FOLDED:
             return False
+        if op == "Clip" and self.types[proto.input[0]].dtype in _CODES:
+            return False  # it tells how many bits the codes have
         if op == "Shape":  # of anything: shapes are static
             return self._fold_shape(proto)
         if any(name and name not in self.constants for name in proto.input):

@@ -90,7 +90,8 @@ def _quantized(node: Node, operands: list[Array]) -> Array:
                 operands[0], node.float_attr("scale"), node.int_attr("zero_point")
             )
         case "DequantizeWeights":
-            return numerics.dequantize_weights(*operands, node.int_attr("axis", 0))
+            w, scale = operands
+            return numerics.dequantize_weights(w, scale, node.int_attr("axis", 0))
         case "IntConv":
             return _int_conv(node, operands[0], operands[1])
         case "IntMatMul":

@@ -17,6 +17,7 @@ SHORT_NAMES = {
     "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
     "uint8": "u8", "uint16": "u16", "uint32": "u32", "uint64": "u64", "bool": "bool",
     "string": "str",
+    "int4": "i4", "uint4": "u4", "int2": "i2", "uint2": "u2",
 }  # fmt: skip
 _LONG_NAMES = {short: long for long, short in SHORT_NAMES.items()}
 
