@@ -81,8 +81,8 @@ def finetune(
     ] = "auto",
     temperature: Annotated[float, Option("--temperature", help="Of kl.")] = 2.0,
     batch_size: Annotated[int, Option("--batch-size", min=1, help="Samples of a step.")] = 64,
-    lr: Annotated[float, Option("--lr", help="Of weights, relative to their magnitude.")] = 0.01,
-    step_lr: Annotated[float, Option("--step-lr", help="Of quantizer steps, relative.")] = 0.005,
+    lr: Annotated[float, Option("--lr", help="Of weights, relative to their magnitude.")] = 0.005,
+    step_lr: Annotated[float, Option("--step-lr", help="Of quantizer steps, relative.")] = 0.003,
     optimizer: Annotated[
         Literal["adam", "sgd"], Option("--optimizer", help="How steps are made.")
     ] = "adam",

@@ -49,8 +49,8 @@ class Recipe:
 
     epochs: float = 10.0
     batch_size: int = 64
-    lr: float = 0.01
-    step_lr: float = 0.005
+    lr: float = 0.005
+    step_lr: float = 0.003
     optimizer: Literal["adam", "sgd"] = "adam"
     weight_decay: float = 0.0
     warmup: float = 0.05
@@ -220,8 +220,10 @@ class Training:
         self._sums = [0.0, 0.0, 0.0]  # loss, right, seen of this epoch
 
     def _averaged(self) -> dict[str, Tensor]:
-        found = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+        """Parameters and running statistics; constants, which may be infinite, stay."""
+        return dict(self.module.named_parameters()) | {
+            f"statistics of {name}": tensor for name, tensor in self.module.statistics().items()
+        }
 
     # State -----------------------------------------------------------------------------------
 

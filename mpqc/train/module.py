@@ -175,6 +175,12 @@ class GraphModule(nn.Module):
         found = {name: getattr(self, key) for name, key in self._params.items()}
         return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Constant name -> buffer of the running means and variances."""
+        names = [v for node in self.graph if node.op == "BatchNormalization" for v in node.inputs]
+        found = {name: getattr(self, self._params[name]) for name in names if name in self._params}
+        return {k: tensor for k, tensor in found.items() if not isinstance(tensor, nn.Parameter)}
+
     def to_graph(self, graph: Graph | None = None) -> Graph:
         """The graph with the weights and statistics as they are now.
 

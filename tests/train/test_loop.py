@@ -31,8 +31,10 @@ from tests.train.conftest import NETWORK, pictures
 RECIPE = Recipe(epochs=3, batch_size=4, augment=Augment(flip=True), freeze=0.3)
 
 
-def training(recipe: Recipe = RECIPE, arrays: dict[str, Array] | None = None) -> Training:
-    graph = Graph.parse(NETWORK)
+def training(
+    recipe: Recipe = RECIPE, arrays: dict[str, Array] | None = None, text: str = NETWORK
+) -> Training:
+    graph = Graph.parse(text)
     data = open_data(arrays or pictures(24), folded(graph))
     samples, held = TrainingSet.read(data, graph).split(0.2, 4, 0)
     plan = Plan.uniform(folded(graph), Precision(2, 2), None)
@@ -166,6 +168,15 @@ def test_the_average_is_what_is_kept() -> None:
     plain.run(stop=3)
     with plain.averaged():
         assert torch.equal(plain.module.raw("w1"), own)
+
+
+def test_infinite_constants_stay_as_they_are() -> None:
+    text = NETWORK.replace("%r1 = Relu(%n1)", "%i = Constant() {value=[-Infinity]} : f32[1]\n"
+                           "%r0 = Max(%n1, %i) : f32[4,8,6,6]\n%r1 = Relu(%r0)")  # fmt: skip
+    work = training(RECIPE, text=text)
+    work.run()
+    assert work.module.constant("i").tolist() == [-torch.inf]
+    assert set(work.module.statistics()) == {"m1", "v1"}
 
 
 def test_rates_rise_and_fall() -> None:

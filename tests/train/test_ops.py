@@ -53,6 +53,12 @@ CASES = {
     "ConvTranspose": X + "%w = Constant() : f32[4,3,3,3]\n%b = Constant() : f32[3]\n"
     "%y = ConvTranspose(%x, %w, %b) {strides=[2, 2], pads=[1, 0, 1, 1], "
     "output_padding=[1, 1]} : f32[2,3,12,13]\nreturn %y",
+    "ConvTranspose of the same size": X + "%w = Constant() : f32[4,2,4,5]\n"
+    '%y = ConvTranspose(%x, %w) {strides=[2, 2], group=2, auto_pad="SAME_UPPER"}'
+    " : f32[2,4,12,12]\nreturn %y",
+    "ConvTranspose to a size": X + "%w = Constant() : f32[4,2,4,5]\n"
+    "%y = ConvTranspose(%x, %w) {strides=[2, 2], output_shape=[12, 13]}"
+    " : f32[2,2,12,13]\nreturn %y",
     "Gemm": "%x = Input() : f32[4,3]\n%w = Constant() : f32[4,5]\n%b = Constant() : f32[1,5]\n"
     "%y = Gemm(%x, %w, %b) {transA=1, alpha=0.5, beta=2.0} : f32[3,5]\nreturn %y",
     "MatMul": X + "%w = Constant() : f32[6,3]\n%y = MatMul(%x, %w) : f32[2,4,6,3]\nreturn %y",
