@@ -126,7 +126,8 @@ class MemoryPlan:
 
 
 ALIGNMENT = 64
-# Dot kernels may read (never use) a few elements past a buffer's end.
+# Dot kernels take whole groups: they read (never use) up to a group less an element past the end
+# of a buffer. That is another buffer, or this much memory at the end of the arena.
 SLACK = 64
 
 

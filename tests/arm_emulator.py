@@ -15,6 +15,7 @@ from mpqc import build
 from mpqc.errors import EnvironmentLacks
 from mpqc.graph import Array
 from mpqc.kernels import Kernel
+from mpqc.program import SLACK
 from mpqc.target import Target, llvm_target, native
 from mpqc.toolchain import find_compiler
 
@@ -25,13 +26,13 @@ CPUS = {
 }  # fmt: skip
 _QEMU = {"aarch64": "qemu-aarch64", "armv7": "qemu-arm"}
 _ROOT = {"aarch64": "/usr/aarch64-linux-gnu", "armv7": "/usr/arm-linux-gnueabihf"}
-SLACK = 64  # dot kernels may read a little behind their data
 SIGILL = 4
 
 _HARNESS = """
 #include <stdio.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 int kernel({voids});
 typedef struct {{ void* sync; int32_t tasks; }} group;
 typedef int (*task)(int, group*, void*);
@@ -48,10 +49,18 @@ static int give(int t, int d, void* p) {{ (void)t, (void)d, free(p); return 0; }
 int (*__TVMBackendParallelLaunch)(task, void*, int) = launch;
 void* (*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
 int (*__TVMBackendFreeWorkspace)(int, int, void*) = give;
-{buffers}
-static void* data[] = {{{names}}};
+static void* data[{count}];
 static const size_t sizes[] = {{{sizes}}};
+/* As much memory as the arena has at least, and no byte more. */
+static void* room(size_t bytes) {{
+  size_t page = 1 << 16, need = (bytes + 63) / 64 * 64 + {slack};
+  size_t whole = (need + page - 1) / page * page;
+  char* p = mmap(0, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED || mprotect(p + whole, page, PROT_NONE)) exit(4);
+  return p + whole - need;
+}}
 int main(int n, char** path) {{
+  for (int i = 0; i < {count}; i++) data[i] = room(sizes[i]);
   FILE* f = fopen(path[n - 2], "rb");
   for (int i = 0; i < {count}; i++) if (fread(data[i], 1, sizes[i], f) != sizes[i]) return 2;
   fclose(f);
@@ -101,14 +110,10 @@ class Library:
         self.mod.write_to_file(str(work / "kernel.o"), "o")
         self._inputs, self._target = len(kernel.inputs), target
         sizes = [kind.nbytes for kind in (*kernel.inputs, *kernel.outputs)]
-        names = [f"b{i}" for i in range(len(sizes))]
         source = _HARNESS.format(
-            voids=", ".join(["void*"] * len(sizes)), args=", ".join(names), names=", ".join(names),
-            buffers="\n".join(
-                f"static uint8_t {name}[{size + SLACK}] __attribute__((aligned(64)));"
-                for name, size in zip(names, sizes, strict=True)
-            ),
-            sizes=", ".join(map(str, sizes)), count=len(sizes), inputs=self._inputs,
+            voids=", ".join(["void*"] * len(sizes)),
+            args=", ".join(f"data[{i}]" for i in range(len(sizes))),
+            sizes=", ".join(map(str, sizes)), slack=SLACK, count=len(sizes), inputs=self._inputs,
         )  # fmt: skip
         (work / "main.c").write_text(source, "utf-8")
         self._program = work / "program"

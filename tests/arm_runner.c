@@ -2,6 +2,7 @@
  * inputs in order; OUT receives the outputs likewise. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "mpqc.h"
 
@@ -18,6 +19,14 @@ enum { MOST = 64 };
 
 static void* room(size_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
 
+/* Memory behind which nothing may be touched. */
+static void* fenced(size_t bytes) {
+  size_t page = 1 << 16, whole = (bytes + page - 1) / page * page;
+  char* p = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED || mprotect(p + whole, page, PROT_NONE)) exit(5);
+  return p + whole - bytes;
+}
+
 int main(int argc, char** argv) {
   if (argc != 4) return 2;
   FILE* in = fopen(argv[1], "rb");
@@ -27,7 +36,9 @@ int main(int argc, char** argv) {
   size_t input_bytes[MOST], output_bytes[MOST];
   mpqc_tensor tensor;
   mpqc_model* model;
-  CHECK(mpqc_create(atoi(argv[3]), &model));
+  int threads = atoi(argv[3]);
+  size_t scratch = mpqc_scratch_bytes(threads);
+  CHECK(mpqc_create_in(threads, fenced(scratch), scratch, &model));
   for (int i = 0; i < mpqc_input_count(); i++) {
     CHECK(mpqc_describe_input(i, &tensor));
     inputs[i] = room(input_bytes[i] = tensor.bytes);

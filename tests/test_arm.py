@@ -2,19 +2,22 @@
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from signal import SIGSEGV
 
 import numpy as np
 import pytest
 
-from mpqc import kernels, packing
+from mpqc import kernels, packing, program
 from mpqc.artifact import Artifact
 from mpqc.compute import Window
 from mpqc.data import open_data
 from mpqc.demo import files
-from mpqc.graph import Array, Precision
+from mpqc.graph import Array, Precision, TensorType
 from mpqc.ort import Session
 from mpqc.pipeline import Options, compile_model, import_model
+from mpqc.program import SLACK, Program, Step
 from mpqc.schedules import pack_script
 from mpqc.schedules.arm_intrinsics import most_product
 from mpqc.schedules.dot_intrinsics import DOTS
@@ -120,6 +123,35 @@ def test_long_runs_are_counted_in_bytes() -> None:
     assert kernels.popcount_instruction(Case(SMALL, 64, 8).layer, RPI4) == "uadalp"
     assert kernels.popcount_instruction(Case(SMALL, 64, 8).layer, V7) == "vpadal"
     check(wide, "bitplane", RPI4)
+
+
+def test_the_arena_ends_behind_all_that_kernels_read() -> None:
+    """Whole groups are read: of the last run of an image up to a group less an element too much.
+
+    ``arm_emulator`` and ``arm_runner.c`` put a page that cannot be read behind that memory.
+    """
+    for name, dot in DOTS.items():
+        width = np.dtype(dot.data).itemsize
+        assert (dot.group - 1) * width <= SLACK, name
+    images = program.plan_memory(
+        Program(
+            {"x": TensorType("uint8", (1,))}, {"y": TensorType("uint8", (1,))}, {"y": "y"},
+            {"x": TensorType("uint8", (1,)), "y": TensorType("uint8", (1,))},
+            steps=[Step("kernel", ("x",), ("y",), "", "")],
+        )
+    )  # fmt: skip
+    last = max(images.ends.values()) + 1
+    assert images.size - last >= SLACK
+
+
+def test_reads_behind_an_image_need_that_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """63 bytes: the last pixel's group of 32 ends in the next line of 64, which is the slack."""
+    case = Case(Window(1, 1, 3, 1, 1, 1, 1, 1, 1), 21, 16, 1, 4, 4)
+    check(case, "smlal32", RPI4)
+    monkeypatch.setattr(arm_emulator, "SLACK", 0)
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        check(replace(case, out=32), "smlal32", RPI4)  # not the one that is built
+    assert error.value.returncode in (-SIGSEGV, 128 + SIGSEGV)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8])
