@@ -22,6 +22,7 @@ from mpqc.onnx_nodes import (
     evaluate_proto,
     infer,
     join_op,
+    refuse_element_type,
     tensor_type,
 )
 from mpqc.pooling import explicit_pads
@@ -380,6 +381,9 @@ class _Folder:
             if not custom:
                 raise
             return {name: self.declared.get(name) for name in outputs}
+        for name in outputs:
+            if name in found:
+                refuse_element_type(name, found[name])
         return {name: tensor_type(found[name]) if name in found else None for name in outputs}
 
     def _foldable(self, proto: Any, op: str, kinds: Mapping[str, TensorType | None]) -> bool:

@@ -67,6 +67,18 @@ def tensor_type(proto: Any) -> TensorType | None:
     return TensorType(dtype, tuple(dim.dim_value for dim in extents))
 
 
+def refuse_element_type(value: str, proto: Any) -> None:
+    """Say of a tensor's TypeProto that the IR has no such element type, if it has none.
+
+    Raises:
+        ModelError: an 8-bit float, a complex number or the like.
+    """
+    kind = proto.tensor_type.elem_type if proto.HasField("tensor_type") else 0
+    if kind and dtype_name(kind) is None:
+        name = onnx.TensorProto.DataType.Name(kind)
+        raise ModelError(f"its output {value} has the element type {name}, which is not compiled")
+
+
 def attribute_value(attribute: Any) -> Attribute:
     """The IR's form of an ONNX attribute.
 

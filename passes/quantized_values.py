@@ -219,7 +219,9 @@ class Reader:
         """Append a node; returns its output's name, made up from the node's unless given."""
         target = out or self.fresh(f"{node.name}.{op.lower()}")
         self.types[target] = kind
-        self.nodes.append(Node(name or target, op, tuple(inputs), (target,), dict(attrs or {})))
+        if not name:  # a value of the file may have the name of its node
+            name = self.fresh(f"{node.name}.{op.lower()}") if out else target
+        self.nodes.append(Node(name, op, tuple(inputs), (target,), dict(attrs or {})))
         return target
 
     def number(self, node: Node, what: str, operand: Operand | float) -> str:
