@@ -1,10 +1,13 @@
 """The trained network as an ONNX file with quantizers computes what the module does."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
 
+from mpqc import importer
 from mpqc.calibration import calibrate
 from mpqc.data import open_data
 from mpqc.graph import Array, Graph, Precision
@@ -13,6 +16,7 @@ from mpqc.onnx_quantized import layer_widths
 from mpqc.ort import Session
 from mpqc.passes.find_layers import shared_tensors
 from mpqc.passes.quantize_layers import tensors_to_calibrate
+from mpqc.passes.read_quantizers import read_quantizers
 from mpqc.plan import LayerPlan, Plan
 from mpqc.train import GraphModule, Quantizers, folded, quantize_module
 from mpqc.train.export import batch_is_open, fake_quantized, to_qcdq
@@ -74,6 +78,31 @@ def test_shared_tensors_and_layers_in_float() -> None:
     (narrowed,) = module.rules().values()
     quantizers = [node for node in told if node.op == "Quantize" and node.int_attr("bits") == 5]
     assert {node.float_attr("scale") for node in quantizers} == {narrowed.scale}
+
+
+@pytest.mark.parametrize("weights", ["lsq", "lsq-odd", "dorefa", "dorefa-modified"])
+@pytest.mark.parametrize("bits", ["w1a1", "w2a3", "w5a4", "w8a8"])
+def test_reading_the_file_gives_the_trained_integers(
+    bits: str, weights: WeightScheme, tmp_path: Path
+) -> None:
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision.parse(bits), None)
+    module, model, _ = made(NETWORK, plan, weights)
+    (tmp_path / "m.onnx").write_bytes(model)
+    graph = read_quantizers(importer.load(tmp_path / "m.onnx")).graph
+    for name, layer in module.rounded().items():
+        told = [graph.producer(value) for value in graph[name].inputs[:2]]
+        assert told[0] is not None
+        assert told[1] is not None
+        values, scale = (graph.constants[value] for value in told[1].inputs)
+        np.testing.assert_array_equal(values, layer.weights.values)
+        np.testing.assert_array_equal(scale, layer.weights.scale)
+        np.testing.assert_array_equal(graph.constants[graph[name].inputs[2]], layer.bias)
+        source = graph.producer(told[0].inputs[0])
+        assert source is not None
+        attrs = source.float_attr("scale"), source.int_attr("zero_point"), source.int_attr("bits")
+        assert attrs == (layer.rule.scale, layer.rule.zero_point, layer.rule.bits)
+        if layer.weights.levels == "signed" and layer.weights.bits > 1:
+            assert told[1].int_attr("bits") == layer.weights.bits
 
 
 def test_the_widths_are_those_of_the_plan() -> None:
