@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mpqc import importer
 from mpqc.artifact import check_output
 from mpqc.calibration import calibrate
-from mpqc.data import Data, open_data
 from mpqc.errors import EnvironmentLacks, OutputError, UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.onnx_parts import open_batch
@@ -44,10 +42,9 @@ from mpqc.train.loop import (
 from mpqc.train.module import GraphModule, check_batching, load_graph
 from mpqc.train.objective import Distance, Objective
 from mpqc.train.quantized_layer import Quantizers, folded, quantize_module
+from mpqc.train.source import CALIBRATION_SAMPLES, Samples, Source
 
 CHECKPOINT, HISTORY, CURVES = "checkpoint.pt", "history.json", "curves.png"
-CALIBRATION_SAMPLES = 256
-HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 
 
 @dataclass(frozen=True)
@@ -120,13 +117,13 @@ def paths(output: Path) -> tuple[Path, Path]:
 def finetune(
     model: str | Path,
     output: str | Path,
-    train: "str | Path | Mapping[str, Any]",
+    train: Samples,
     options: Options = Options(),
     *,
     plan: Plan | None = None,
     bits: Precision | None = None,
     ends: Precision | None = Precision(8, 8),  # noqa: B008 - frozen
-    validate: "str | Path | Mapping[str, Any] | None" = None,
+    validate: Samples | None = None,
     preprocess: str | Path | None = None,
     dims: Mapping[str, int] | None = None,
     max_samples: int | None = None,
@@ -167,32 +164,34 @@ def finetune(
     device = find_device(options.device)
     recipe = options.recipe
     phase("import")
-    digest = importer.sha256(model)
-    graph = load_graph(model, dims, recipe.batch_size)
-    float_graph = folded(graph)
-    plan = _plan(float_graph, plan, bits, ends, digest)
-    plan.check(float_graph, digest, force)
+    source = Source.open(
+        model, train, recipe.batch_size, preprocess, dims, max_samples, recipe.seed
+    )
+    graph, digest = source.graph, source.sha256
+    plan = _plan(source.flat, plan, bits, ends, digest)
+    plan.check(source.flat, digest, force)
     if not plan.layers:
         raise UsageError("the plan quantizes no layer: there is nothing to fine-tune")
     network, exact = GraphModule(graph), GraphModule(graph)
-    phase("read data")
-    data = open_data(train, float_graph, preprocess, max_samples, recipe.seed)
-    training, held = _samples(data, graph, validate, preprocess, recipe)
-    labelled = training.labels is not None
     objective = Objective.of(
-        graph, labelled, options.distance, options.label_weight, options.temperature
+        graph,
+        source.data.labels is not None,
+        options.distance,
+        options.label_weight,
+        options.temperature,
     )
-    _check_samples(training, held, objective, recipe)
+    phase("read data")
+    training, held = source.samples(validate, preprocess, objective, recipe.batch_size, recipe.seed)
     _check_batches(exact, training, graph)
     phase("calibrate")
-    tensors = tensors_to_calibrate(float_graph, plan)
-    calibration = calibrate(float_graph, data, tensors, CALIBRATION_SAMPLES, recipe.seed)
+    tensors = tensors_to_calibrate(source.flat, plan)
+    calibration = calibrate(source.flat, source.data, tensors, CALIBRATION_SAMPLES, recipe.seed)
     phase("round")
     rounded = None
     if plan.narrow and options.accuracy.reads_data:
-        few = data.sample(CALIBRATION_SAMPLES, recipe.seed)
+        few = source.data.sample(CALIBRATION_SAMPLES, recipe.seed)
         rounded = round_layers(
-            float_graph, plan, calibration, few, options.accuracy, seed=recipe.seed
+            source.flat, plan, calibration, few, options.accuracy, seed=recipe.seed
         )
     quantize_module(network, plan, calibration, rounded, options.quantizers)
     network.to(device)
@@ -251,30 +250,6 @@ def _plan(
         return plan
     assert bits is not None
     return Plan.uniform(graph, bits, ends, model_sha256=digest)
-
-
-def _samples(
-    data: Data,
-    graph: Graph,
-    validate: "str | Path | Mapping[str, Any] | None",
-    preprocess: str | Path | None,
-    recipe: Recipe,
-) -> tuple[TrainingSet, TrainingSet]:
-    """Training samples and held-out ones."""
-    whole = TrainingSet.read(data, graph)
-    if validate is not None:
-        return whole, TrainingSet.read(open_data(validate, graph, preprocess), graph)
-    return whole.split(HELD_OUT, MOST_HELD_OUT, recipe.seed)
-
-
-def _check_samples(
-    training: TrainingSet, held: TrainingSet, objective: Objective, recipe: Recipe
-) -> None:
-    """What is wrong with the data is said before the work."""
-    if objective.head is not None:
-        for part in (training, held):
-            part.check_labels(objective.classes[objective.head])
-    training.check_batch(recipe.batch_size)
 
 
 def _check_batches(module: GraphModule, training: TrainingSet, graph: Graph) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from mpqc import importer
 from mpqc.calibration import Calibration, calibrate
-from mpqc.data import Data, open_data
+from mpqc.data import Data
 from mpqc.errors import UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.passes.find_layers import find_layers
@@ -19,11 +18,10 @@ from mpqc.plan import LayerPlan, Plan
 from mpqc.rounding import Accuracy
 from mpqc.train.batches import SetData, TrainingSet
 from mpqc.train.loop import Recipe, Teacher, Training, evaluate, find_device, seeded
-from mpqc.train.module import GraphModule, load_graph
+from mpqc.train.module import GraphModule
 from mpqc.train.objective import Objective
-from mpqc.train.quantized_layer import Quantizers, folded, quantize_module
-
-CALIBRATION_SAMPLES = 256
+from mpqc.train.quantized_layer import Quantizers, quantize_module
+from mpqc.train.source import CALIBRATION_SAMPLES, Samples, Source
 
 
 @dataclass(eq=False)
@@ -32,7 +30,8 @@ class PlanTrainer:
 
     Attributes:
         graph: for training, at the recipe's batch; BatchNormalization kept.
-        data: calibration data, at the same batch.
+        flat: the float graph that the compiler quantizes, at the batch of
+        data: calibration data.
         training: samples.
         held: held-out samples, on which metrics are measured.
         objective: loss and metric.
@@ -45,6 +44,7 @@ class PlanTrainer:
     """
 
     graph: Graph
+    flat: Graph
     data: Data
     training: TrainingSet
     held: TrainingSet
@@ -60,9 +60,9 @@ class PlanTrainer:
     def open(
         cls,
         model: str | Path,
-        train: "str | Path | Mapping[str, Any]",
+        train: Samples,
         *,
-        validate: "str | Path | Mapping[str, Any] | None" = None,
+        validate: Samples | None = None,
         preprocess: str | Path | None = None,
         dims: Mapping[str, int] | None = None,
         recipe: Recipe | None = None,
@@ -87,24 +87,17 @@ class PlanTrainer:
         """
         find_device(device)
         recipe = recipe or Recipe()
-        graph = load_graph(model, dims, recipe.batch_size)
-        data = open_data(train, folded(graph), preprocess, max_samples, recipe.seed)
-        whole = TrainingSet.read(data, graph)
-        if validate is None:
-            training, held = whole.split(0.1, 1000, recipe.seed)
-        else:
-            training = whole
-            held = TrainingSet.read(open_data(validate, graph, preprocess), graph)
-        objective = Objective.of(graph, whole.labels is not None, label_weight=label_weight)
-        if objective.head is not None:
-            for part in (training, held):
-                part.check_labels(objective.classes[objective.head])
-        training.check_batch(recipe.batch_size)
-        sha256 = importer.sha256(model)
-        base = next(iter(graph.inputs.values())).shape[0]
-        kinds = quantizers or Quantizers()
-        return cls(graph, SetData(training, base), training, held, objective, recipe, kinds,
-                   device, sha256)  # fmt: skip
+        source = Source.open(
+            model, train, recipe.batch_size, preprocess, dims, max_samples, recipe.seed
+        )
+        labelled = source.data.labels is not None
+        objective = Objective.of(source.graph, labelled, label_weight=label_weight)
+        training, held = source.samples(
+            validate, preprocess, objective, recipe.batch_size, recipe.seed
+        )
+        data = SetData(training, source.data.batch)  # unlike files, it pickles
+        return cls(source.graph, source.flat, data, training, held, objective, recipe,
+                   quantizers or Quantizers(), device, source.sha256)  # fmt: skip
 
     def teacher(self) -> Teacher:
         """The float model; keep it for several runs."""
@@ -115,10 +108,9 @@ class PlanTrainer:
     def calibration(self) -> Calibration:
         """Of the inputs of all layers; measured once."""
         if self._calibration is None:
-            graph = folded(self.graph)
-            tensors = dict.fromkeys(layer.input for layer in find_layers(graph))
+            tensors = dict.fromkeys(layer.input for layer in find_layers(self.flat))
             self._calibration = calibrate(
-                graph, self.data, tensors, CALIBRATION_SAMPLES, self.recipe.seed
+                self.flat, self.data, tensors, CALIBRATION_SAMPLES, self.recipe.seed
             )
         return self._calibration
 
@@ -149,7 +141,7 @@ class PlanTrainer:
             rounded = None
             if checkpoint is None and compensate and plan.narrow:
                 rounded = round_layers(
-                    folded(self.graph), plan, self.calibration(),
+                    self.flat, plan, self.calibration(),
                     self.data.sample(CALIBRATION_SAMPLES, self.recipe.seed),
                     Accuracy(), seed=self.recipe.seed,
                 )  # fmt: skip

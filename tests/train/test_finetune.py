@@ -263,3 +263,19 @@ def test_without_matplotlib_there_are_no_curves(
     assert not (tmp_path / "t.training/curves.png").exists()
     assert result.model.exists()
     assert open_data(demo[2], importer.load(result.model))
+
+
+def test_feeds_of_a_function(demo: Files, tmp_path: Path) -> None:
+    (tmp_path / "feeds.py").write_text(
+        "import numpy as np\n"
+        f"arrays = np.load({str(demo[1])!r})\n"
+        "def feeds():\n"
+        "    for picture in arrays['input'][:60]:\n"
+        "        yield {'input': picture[None]}\n"
+    )
+    result = finetune(
+        demo[0], tmp_path / "t.onnx", f"{tmp_path / 'feeds.py'}:feeds",
+        Options(recipe=Recipe(epochs=1, batch_size=20, lr=0.001)), bits=Precision(4, 4),
+    )  # fmt: skip
+    assert result.after is not None
+    assert len(result.history) == 1
