@@ -20,7 +20,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from mpqc.errors import ArtifactError, EnvironmentLacks
+from mpqc.errors import ArtifactError
 from mpqc.model_source import (
     CSRC,
     DEFAULT_PREFIX,
@@ -37,7 +37,7 @@ from mpqc.model_source import (
 )
 from mpqc.program import MemoryPlan, Program
 from mpqc.target import Target, llvm_target, native
-from mpqc.toolchain import check_library, find_compiler, old_glibc
+from mpqc.toolchain import check_library, find_binutil, find_compiler, old_glibc
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,7 @@ class _Compiler:
             EnvironmentLacks: there is none.
             ArtifactError: it failed.
         """
-        asked = subprocess.run(
-            [*self.command, f"-print-prog-name={name}"], capture_output=True, text=True, check=False
-        )
-        path = shutil.which(asked.stdout.strip() or name)
-        if path is None:
-            raise EnvironmentLacks(
-                f"a static library needs {name} of {self.command[0]}: install binutils"
-            )
+        path = find_binutil(name, self.command, self.target, native().arch)
         self._call([path, *arguments], "make the static library")
 
     def _call(self, command: list[str], what: str) -> None:

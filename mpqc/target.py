@@ -67,7 +67,7 @@ def _arm64(name: str, mcpu: str, about: str, *, dotprod: bool = False) -> Target
 
 def _armv7(name: str, mcpu: str, about: str) -> Target:
     llvm = {
-        "kind": "llvm", "device": "arm_cpu", "mtriple": "armv7l-linux-gnueabihf",
+        "kind": "llvm", "device": "arm_cpu", "mtriple": "armv7l-unknown-linux-gnueabihf",
         "mcpu": mcpu, "mattr": ["+neon"], "mfloat-abi": "hard",
     }  # fmt: skip
     return Target(name, "armv7", llvm, 128, frozenset({"neon"}), 4, about)

@@ -73,9 +73,7 @@ def find_compiler(target: Target, host_arch: str) -> list[str]:
             return [name]
     if own:
         raise EnvironmentLacks("no C compiler found: install gcc or clang, or set CC")
-    # zig leaves out the division routines that 32-bit ARM needs
-    zig = _zig(cross) if target.arch != "armv7" else []
-    return _clang(cross) or zig or _missing(target.arch, cross)
+    return _clang(cross) or _zig(cross) or _missing(target.arch, cross)
 
 
 def _clang(cross: Cross) -> list[str]:
@@ -109,10 +107,38 @@ def _zig(cross: Cross) -> list[str]:
 
 
 def _missing(arch: str, cross: Cross) -> list[str]:
-    zig = "" if arch == "armv7" else "or zig from its wheel (pip install ziglang), "
     raise EnvironmentLacks(
         f"no cross compiler for {arch}: install {cross.prefix}-gcc (Debian: apt install "
-        f"{cross.package}), {zig}or set {cross.variable}"
+        f"{cross.package}), or zig from its wheel (pip install ziglang), or set {cross.variable}"
+    )
+
+
+def find_binutil(name: str, command: Sequence[str], target: Target, host_arch: str) -> str:
+    """Path of a program that knows the target's object files: the compiler's, GNU's, LLVM's.
+
+    Args:
+        name: "ar" or "objcopy".
+        command: the compiler.
+        target: machine.
+        host_arch: this machine's.
+
+    Raises:
+        EnvironmentLacks: there is none; zig brings none that can do what a static library needs.
+    """
+    asked = subprocess.run(
+        [*command, f"-print-prog-name={name}"], capture_output=True, text=True, check=False
+    )
+    said = asked.stdout.strip()  # the bare name where the compiler has none of its own
+    if asked.returncode == 0 and os.path.isabs(said) and Path(said).is_file():
+        return said
+    cross, own = CROSS[target.arch], target.arch == host_arch
+    for candidate in (*([name] if own else []), f"{cross.prefix}-{name}", f"llvm-{name}"):
+        if path := shutil.which(candidate):
+            return path
+    binutils = "binutils" if own else cross.package.replace("gcc", "binutils", 1)
+    raise EnvironmentLacks(
+        f"a static library for {target.arch} needs {name}: install binutils for it "
+        f"(Debian: apt install {binutils}, or llvm)"
     )
 
 

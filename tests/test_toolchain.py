@@ -1,5 +1,6 @@
 """Which C compiler makes a library, and what is refused of what it makes."""
 
+import shlex
 import shutil
 import struct
 import subprocess
@@ -13,7 +14,10 @@ from mpqc import toolchain
 from mpqc.elf import read_elf
 from mpqc.errors import ArtifactError, EnvironmentLacks
 from mpqc.target import TARGETS, Target, native
-from mpqc.toolchain import check_library, find_compiler, old_glibc
+from mpqc.toolchain import check_library, find_binutil, find_compiler, old_glibc
+from tests.c_programs import library
+from tests.graph_runner import parse
+from tests.test_lowering import CHAIN
 
 V2, RPI4, V7 = TARGETS["x86-64-v2"], TARGETS["rpi4"], TARGETS["armv7"]
 HERE = TARGETS["rpi4"] if native().arch == "aarch64" else V2
@@ -73,9 +77,37 @@ def test_the_order_is_gnu_clang_zig(
     assert find_compiler(RPI4, "x86_64") == [
         sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.27"
     ]  # fmt: skip
-    with pytest.raises(EnvironmentLacks) as error:
-        find_compiler(V7, "x86_64")
-    assert "zig" not in str(error.value)
+    assert find_compiler(V7, "x86_64")[-1] == "arm-linux-gnueabihf.2.27"
+
+
+def test_binutils_know_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zig answers nothing, clang a bare name; this machine's tools would not read the objects."""
+    installed = {"objcopy": "/usr/bin/objcopy", "aarch64-linux-gnu-objcopy": "/usr/bin/cross",
+                 "llvm-objcopy": "/usr/bin/llvm"}  # fmt: skip
+    monkeypatch.setattr(shutil, "which", installed.get)
+    silent, bare = ["false"], ["echo", "objcopy #"]
+    assert find_binutil("objcopy", bare, V2, "x86_64") == "/usr/bin/objcopy"
+    assert find_binutil("objcopy", silent, RPI4, "x86_64") == "/usr/bin/cross"
+    assert find_binutil("objcopy", bare, V7, "x86_64") == "/usr/bin/llvm"
+    script = tmp_path / "compiler"
+    script.write_text(f"#!/bin/sh\necho {script}\n", "utf-8")
+    script.chmod(0o755)
+    assert find_binutil("objcopy", [str(script)], V7, "x86_64") == str(script)
+    installed.clear()
+    with pytest.raises(EnvironmentLacks, match="apt install binutils-arm-linux-gnueabihf, or llvm"):
+        find_binutil("objcopy", silent, V7, "x86_64")
+
+
+def test_zig_makes_libraries_of_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler that pip alone can install: whole libraries, for old systems."""
+    if not toolchain._zig(toolchain.CROSS["aarch64"]):
+        pytest.skip("zig is not installed: pip install ziglang")
+    for target in (RPI4, V7):
+        cross = toolchain.CROSS[target.arch]
+        monkeypatch.setenv(cross.variable, shlex.join(toolchain._zig(cross)))
+        built = library(parse(CHAIN), tmp_path / f"{target.arch}.so", target=target)
+        found = check_library(built.library, target)
+        assert (0, 0) < found.glibc <= toolchain.OLDEST_GLIBC
 
 
 def test_clang_without_the_targets_library_is_passed_over(
