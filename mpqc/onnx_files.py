@@ -15,6 +15,7 @@ from onnx import numpy_helper
 
 from mpqc.errors import ModelError
 from mpqc.graph import Array
+from mpqc.packing import unpack_elements
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf reads no more
 MAX_DATA_BYTES = 64 * 2**30
@@ -119,13 +120,8 @@ def _external(tensor: onnx.TensorProto, dtype: np.dtype[np.generic], folder: Pat
     count = 1
     for extent in shape:
         count *= extent
-    packed = tensor.data_type in _packed_types()
-    if packed:
-        raise ModelError(
-            f"tensor {tensor.name} has a type narrower than a byte in external data; "
-            "save it inside the model"
-        )
-    expected = count * dtype.itemsize
+    bits = _packed_types().get(tensor.data_type, 8 * dtype.itemsize)
+    expected = -(-count * bits // 8)
     try:
         offset = int(facts.get("offset", 0))
         length = int(facts.get("length", expected))
@@ -145,6 +141,13 @@ def _external(tensor: onnx.TensorProto, dtype: np.dtype[np.generic], folder: Pat
     if count == 0:
         return np.zeros(shape, dtype)
     # mapped, not read: a model of many GB costs memory only where it is touched
+    if bits < 8:
+        packed = np.memmap(file, np.uint8, "r", offset, (expected,))
+        name = str(dtype)
+        codes = unpack_elements(packed, bits, signed=name.startswith("int"))[:count]
+        # numpy holds an element of any other kind in the low bits of its byte
+        made = codes.astype(dtype) if "int" in name else codes.view(dtype)
+        return made.reshape(shape)
     little = dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype
     return np.memmap(file, little, "r", offset, shape or (1,)).reshape(shape)
 
@@ -173,9 +176,14 @@ def _external_file(name: str, location: str, folder: Path) -> Path:
     return real
 
 
-def _packed_types() -> set[int]:
-    names = ("UINT4", "INT4", "FLOAT4E2M1", "UINT2", "INT2")
-    return {getattr(onnx.TensorProto, name) for name in names if hasattr(onnx.TensorProto, name)}
+def _packed_types() -> dict[int, int]:
+    """Element types narrower than a byte, and their bits."""
+    names = {"UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "UINT2": 2, "INT2": 2}
+    return {
+        getattr(onnx.TensorProto, name): bits
+        for name, bits in names.items()
+        if hasattr(onnx.TensorProto, name)
+    }
 
 
 def tensors_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

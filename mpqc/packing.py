@@ -131,3 +131,27 @@ def grouped_weights(weight: Array, block: int) -> Array:
     return np.ascontiguousarray(moved.reshape(*moved.shape[:3], out // block, block)).astype(
         np.int16
     )
+
+
+def unpack_elements(packed: Array, bits: int, *, signed: bool = False) -> Array:
+    """Integers narrower than a byte out of the bytes that hold them, the lowest bits first.
+
+    So ONNX packs INT4 and its kin, and ONNX Runtime the blocks of MatMulNBits.
+
+    Args:
+        packed: uint8 [..., n].
+        bits: of each integer: 1, 2, 4 or 8.
+        signed: they are in two's complement.
+
+    Returns:
+        int8 or uint8 [..., n * 8 / bits].
+    """
+    each = 8 // bits
+    shifts = (np.arange(each) * bits).astype(np.uint8)
+    spread = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
+    codes: Array = spread.reshape(*packed.shape[:-1], packed.shape[-1] * each)
+    if not signed:
+        return codes
+    top = 2 ** (bits - 1)
+    values: Array = ((codes ^ np.uint8(top)).astype(np.int16) - top).astype(np.int8)
+    return values

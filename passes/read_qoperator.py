@@ -11,6 +11,7 @@ import numpy as np
 from mpqc.errors import ModelError
 from mpqc.graph import Array, Attribute, Node, TensorType
 from mpqc.numerics import along
+from mpqc.packing import unpack_elements
 from mpqc.passes.quantized_values import (
     Grid,
     Operand,
@@ -168,7 +169,7 @@ def matmul_n_bits(reader: Reader, node: Node) -> None:
         )
     if (scale < 0).any() or not np.isfinite(scale).all():
         check_scale(node, scale)
-    codes = unpack(raw.reshape(n, blocks, -1), bits).astype(np.int64)
+    codes = unpack_elements(raw.reshape(n, blocks, -1), bits).astype(np.int64)
     scale = scale.reshape(n, blocks, 1)
     zero = _n_bits_zeros(reader, node, zeros, (n, blocks), bits)
     if blocks == 1 and not np.any(zero % 1):
@@ -196,22 +197,6 @@ def matmul_n_bits(reader: Reader, node: Node) -> None:
         reader.cast(node, y, dtype, node.output)
 
 
-def unpack(packed: Array, bits: int) -> Array:
-    """Unsigned integers of 2, 4 or 8 bits out of bytes, the lowest bits first.
-
-    Args:
-        packed: uint8 [..., n].
-        bits: of each integer.
-
-    Returns:
-        uint8 [..., n * 8 / bits].
-    """
-    each = 8 // bits
-    shifts = (np.arange(each) * bits).astype(np.uint8)
-    spread = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
-    return spread.reshape(*packed.shape[:-1], packed.shape[-1] * each)
-
-
 def _n_bits_zeros(
     reader: Reader, node: Node, name: str, shape: tuple[int, int], bits: int
 ) -> Array:
@@ -228,7 +213,7 @@ def _n_bits_zeros(
         raise ModelError(
             f"{_label(node)} has {given.size} bytes of zero points, not {n * row}; export it again"
         )
-    zeros: Array = unpack(given.astype(np.uint8).reshape(n, row), bits)[:, :blocks]
+    zeros = unpack_elements(given.astype(np.uint8).reshape(n, row), bits)[:, :blocks]
     return zeros.astype(np.float64).reshape(n, blocks, 1)
 
 
