@@ -3,7 +3,7 @@
 This package is the door to PyTorch; nothing else of mpqc imports it, and it is imported only
 where something is trained. The parts, in the order in which a search that trains uses them::
 
-    graph = load_graph("model.onnx", batch=64)     # static shapes, BatchNorm kept, pads folded
+    graph = load_graph("model.onnx")               # static shapes, BatchNorm kept, pads folded
     module = GraphModule(graph)                    # any network: an interpreter, weights learned
     module.layers["conv1"]                         # find_layers' Layer: macs, weights, input
     y = module({"input": x})["logits"]             # first axis: any multiple of the graph's batch

@@ -39,7 +39,7 @@ from mpqc.train.loop import (
     seeded,
     silent,
 )
-from mpqc.train.module import GraphModule, check_batching, load_graph
+from mpqc.train.module import GraphModule, load_graph
 from mpqc.train.objective import Distance, Objective
 from mpqc.train.quantized_layer import Quantizers, folded, quantize_module
 from mpqc.train.source import CALIBRATION_SAMPLES, Samples, Source
@@ -182,7 +182,6 @@ def finetune(
     )
     phase("read data")
     training, held = source.samples(validate, preprocess, objective, recipe.batch_size, recipe.seed)
-    _check_batches(exact, training, graph)
     phase("calibrate")
     tensors = tensors_to_calibrate(source.flat, plan)
     calibration = calibrate(source.flat, source.data, tensors, CALIBRATION_SAMPLES, recipe.seed)
@@ -250,15 +249,6 @@ def _plan(
         return plan
     assert bits is not None
     return Plan.uniform(graph, bits, ends, model_sha256=digest)
-
-
-def _check_batches(module: GraphModule, training: TrainingSet, graph: Graph) -> None:
-    """Samples must not see one another; a check where there are enough of them."""
-    base = next(iter(graph.inputs.values())).shape[0]
-    if base == 1 and len(training) > 1:
-        check_batching(
-            module, {name: array[training.chosen[:2]] for name, array in training.arrays.items()}
-        )
 
 
 def _teacher(

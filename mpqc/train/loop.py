@@ -166,8 +166,7 @@ class Teacher:
             device = _device_of(self._module)
             return {name: tensor[numbers].to(device) for name, tensor in self._known.items()}
         with torch.no_grad():
-            outputs: dict[str, Tensor] = self._module(batch.feeds)
-        return outputs
+            return run(self._module, batch)
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:
@@ -391,6 +390,22 @@ class Training:
         return evaluate(self.module, data, self.objective, teacher, self.recipe.batch_size)
 
 
+def run(module: GraphModule, batch: Batch) -> dict[str, Tensor]:
+    """Outputs for a batch that need not fill the graph's own: repeated to its size, then cut."""
+    base = next(iter(module.graph.inputs.values())).shape[0]
+    count = len(batch.numbers)
+    missing = -count % base
+    feeds = {
+        name: torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
+        for name, tensor in batch.feeds.items()
+    }
+    outputs: dict[str, Tensor] = module(feeds if missing else batch.feeds)
+    if not missing:
+        return outputs
+    whole = count + missing
+    return {name: t[: t.shape[0] * count // whole] for name, t in outputs.items()}
+
+
 def evaluate(
     module: GraphModule,
     data: TrainingSet,
@@ -414,7 +429,7 @@ def evaluate(
         for batch in data.batches(size):
             moved = batch.to(device)
             targets = None if teacher is None else teacher(moved)
-            score.add(module(moved.feeds), targets, moved.labels)
+            score.add(run(module, moved), targets, moved.labels)
     return score.value
 
 

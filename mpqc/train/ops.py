@@ -281,9 +281,9 @@ def batched(declared: tuple[int, ...], elements: int) -> list[int]:
     whole = prod(declared)
     if elements == whole or not declared or not whole:
         return list(declared)
-    if elements % whole:
+    if declared[0] * elements % whole:
         raise ModelError(f"{elements} elements do not fill samples of {list(declared)}")
-    return [declared[0] * (elements // whole), *declared[1:]]
+    return [declared[0] * elements // whole, *declared[1:]]
 
 
 def _reshape(call: Call) -> Tensor:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from mpqc import importer
 from mpqc.data import Data, open_data
-from mpqc.graph import Graph
+from mpqc.errors import ModelError
+from mpqc.graph import Array, Graph
 from mpqc.train.batches import TrainingSet
-from mpqc.train.module import load_graph
+from mpqc.train.module import GraphModule, check_batching, load_graph
 from mpqc.train.objective import Objective
 from mpqc.train.quantized_layer import folded
 
@@ -52,7 +55,7 @@ class Source:
         Args:
             model: float ONNX file.
             train: training data, as ``mpqc.data`` reads them; functions give feeds of one sample.
-            batch: of the training graph.
+            batch: of training.
             preprocess: of pictures.
             dims: of symbolic dimensions.
             max_samples: of the data, drawn by
@@ -63,7 +66,7 @@ class Source:
         if data.samples is not None:
             flat = folded(load_graph(model, dims, min(CALIBRATION_BATCH, batch)))
             data = open_data(train, flat, preprocess, max_samples, seed)
-        return cls(load_graph(model, dims, batch), flat, data, importer.sha256(model))
+        return cls(_graph(model, dims, batch, data), flat, data, importer.sha256(model))
 
     def samples(
         self,
@@ -95,3 +98,33 @@ class Source:
                 part.check_labels(objective.classes[objective.head])
         training.check_batch(batch)
         return training, held
+
+
+def _graph(model: str | Path, dims: Mapping[str, int] | None, batch: int, data: Data) -> Graph:
+    """The graph of one sample, which takes any batch; or that of the batch, where it has to be.
+
+    Some networks carry the batch in the middle of their shapes; only shapes made for the batch
+    are right for them.
+    """
+    one = load_graph(model, dims)
+    two = _two_samples(data)
+    if batch == 1 or two is None:
+        return one
+    try:
+        check_batching(GraphModule(one), two)
+    except ModelError:
+        whole = load_graph(model, dims, batch)
+        if next(iter(whole.inputs.values())).shape[:1] != (batch,):
+            raise
+        return whole
+    return one
+
+
+def _two_samples(data: Data) -> dict[str, Array] | None:
+    rows: list[dict[str, Array]] = []
+    for feed in data.feeds():
+        rows.append(feed)
+        if sum(len(next(iter(row.values()))) for row in rows) >= 2:
+            names = rows[0].keys()
+            return {name: np.concatenate([row[name] for row in rows])[:2] for name in names}
+    return None

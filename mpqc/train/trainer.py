@@ -29,7 +29,7 @@ class PlanTrainer:
     """Trains one model at any widths; the ``Trainer`` of ``mpqc.search``. It pickles.
 
     Attributes:
-        graph: for training, at the recipe's batch; BatchNormalization kept.
+        graph: for training; BatchNormalization kept.
         flat: the float graph that the compiler quantizes, at the batch of
         data: calibration data.
         training: samples.

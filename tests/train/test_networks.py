@@ -13,10 +13,11 @@ from mpqc.data import open_data
 from mpqc.graph import Array, Graph, Precision
 from mpqc.passes.quantize_layers import QuantizeLayers, tensors_to_calibrate
 from mpqc.plan import Plan
-from mpqc.train import GraphModule, folded, load_graph, quantize_module
+from mpqc.train import GraphModule, folded, load_graph, quantize_module, source
 from mpqc.train.batches import TrainingSet
-from mpqc.train.loop import Recipe, Teacher, Training
+from mpqc.train.loop import Recipe, Teacher, Training, run
 from mpqc.train.objective import Objective
+from mpqc.train.trainer import PlanTrainer
 from tests.train.test_quantized_layer import BLOCK
 
 
@@ -95,3 +96,64 @@ def test_real_networks_train_for_a_few_steps(name: str, bits: str, shared_models
     dims = {"x:2": 48, "x:3": 192} if name.startswith("ppocr") else None
     work, plan, _ = train(load_graph(shared_models / f"{name}.onnx", dims, 2), bits, 4, 3)
     exact(work, plan)
+
+
+def attention(batch: int) -> str:
+    """Positions first, as older exporters write attention: the batch is in the middle."""
+    return f"""
+    %x = Input() : f32[{batch},6,8]
+    %w = Constant() : f32[8,8]
+    %head = Constant() {{value=[6, {2 * batch}, 4]}} : i64[3]
+    %back = Constant() {{value=[6, {batch}, 8]}} : i64[3]
+    %t = Transpose(%x) {{perm=[1, 0, 2]}} : f32[6,{batch},8]
+    %q = MatMul(%t, %w) : f32[6,{batch},8] @query
+    %h = Reshape(%q, %head) : f32[6,{2 * batch},4]
+    %a = Transpose(%h) {{perm=[1, 0, 2]}} : f32[{2 * batch},6,4]
+    %b = Transpose(%h) {{perm=[1, 2, 0]}} : f32[{2 * batch},4,6]
+    %s = MatMul(%a, %b) : f32[{2 * batch},6,6]
+    %p = Softmax(%s) {{axis=-1}} : f32[{2 * batch},6,6]
+    %v = MatMul(%p, %a) : f32[{2 * batch},6,4]
+    %u = Transpose(%v) {{perm=[1, 0, 2]}} : f32[6,{2 * batch},4]
+    %m = Reshape(%u, %back) : f32[6,{batch},8]
+    %y = Transpose(%m) {{perm=[1, 0, 2]}} : f32[{batch},6,8]
+    return %y
+    """
+
+
+def test_a_batch_in_the_middle_of_shapes_trains_at_its_own_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = {batch: Graph.parse(attention(batch)) for batch in (1, 2, 4, 8)}
+
+    def load(path: Path, dims: object = None, batch: int = 1) -> Graph:
+        return graphs[batch]
+
+    monkeypatch.setattr(source, "load_graph", load)
+    monkeypatch.setattr("mpqc.importer.sha256", lambda path: "0" * 64)
+    x = np.random.default_rng(0).standard_normal((22, 6, 8)).astype(np.float32)
+    trainer = PlanTrainer.open(
+        "model.onnx", {"x": x}, recipe=Recipe(batch_size=4), device="cpu", validate={"x": x[:6]}
+    )
+    assert trainer.graph is graphs[4]
+    before = trainer.train({"query": Precision(2, 4)}, 0)
+    after = trainer.train({"query": Precision(2, 4)}, 8)
+    assert before < after <= 1
+    module = GraphModule(graphs[4]).eval()
+    with torch.no_grad():
+        whole = module({"x": torch.from_numpy(x[:4])})["y"]
+        part = run(module, TrainingSet({"x": x}, None, np.arange(22)).take(np.arange(3)))["y"]
+    assert torch.allclose(whole[:3], part, atol=1e-6)
+
+
+def test_a_network_takes_any_batch_where_it_can() -> None:
+    graph = Graph.parse(
+        """
+        %x = Input() : f32[4,6]
+        %s = Constant() {value=[4, 3, 2]} : i64[3]
+        %y = Reshape(%x, %s) : f32[4,3,2]
+        return %y
+        """
+    )
+    module = GraphModule(graph)
+    for count in (1, 3, 4, 9):
+        assert module({"x": torch.zeros(count, 6)})["y"].shape == (count, 3, 2)
