@@ -4,6 +4,7 @@
 versions come from the packages' metadata.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -19,6 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
+from mpqc.errors import EnvironmentLacks
+from mpqc.target import TARGETS, native
+from mpqc.toolchain import CROSS, find_compiler
+
 PYTHON = (3, 11)
 TVM = (0, 27)
 FFI_FROM, FFI_BELOW = (0, 1, 14), (0, 1, 15)
@@ -33,10 +38,9 @@ PACKAGES = (
 
 TOOLS: Mapping[str, tuple[str, ...]] = {
     "C compiler": ("cc", "gcc", "clang"),
-    "aarch64 compiler": ("aarch64-linux-gnu-gcc",),
-    "arm compiler": ("arm-linux-gnueabihf-gcc",),
     "qemu-aarch64": ("qemu-aarch64-static", "qemu-aarch64"),
     "qemu-arm": ("qemu-arm-static", "qemu-arm"),
+    "ssh": ("ssh",),
     "nvcc": ("nvcc",),
 }
 
@@ -84,6 +88,7 @@ class Machine:
         packages: distribution -> version, for those that can be imported.
         tools: name in `TOOLS` -> path, for those that are on the PATH.
         compiler: $CC, which goes before the names in `TOOLS`; empty if unset.
+        cross: architecture of a board -> command of the compiler that builds for it.
         extensions: of the instruction set, in the words of `EXTENSIONS`.
         gpus: name and compute capability of each, as the driver says them.
         cores: that this process may use.
@@ -95,6 +100,7 @@ class Machine:
     packages: Mapping[str, str] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     compiler: str = ""
+    cross: Mapping[str, str] = field(default_factory=dict)
     extensions: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
     cores: int = 1
@@ -113,6 +119,7 @@ class Machine:
                 if (path := next(filter(None, map(shutil.which, candidates)), None))
             },
             compiler=os.environ.get("CC", ""),
+            cross=_cross(),
             extensions=extensions(_read("/proc/cpuinfo")),
             gpus=_gpus(),
             cores=_cores(),
@@ -142,10 +149,11 @@ def checks(machine: Machine | None = None) -> list[Check]:
         package("pillow", "data given as pictures", "pip install 'mpqc[report]'"),
         package("torch", "finetune and searches that train", "pip install 'mpqc[train]'"),
         package("xgboost", "tune with a learned cost model", "pip install 'mpqc[tune]'"),
-        tool("aarch64 compiler", "targets rpi3 to rpi5, aarch64", "gcc-aarch64-linux-gnu"),
-        tool("arm compiler", "target armv7", "gcc-arm-linux-gnueabihf"),
+        _cross_compiler(m, "aarch64", "targets rpi3 to rpi5, jetson-orin, aarch64"),
+        _cross_compiler(m, "armv7", "target armv7"),
         tool("qemu-aarch64", "verifying aarch64 builds without a board", "qemu-user-static"),
         tool("qemu-arm", "verifying armv7 builds without a board", "qemu-user-static"),
+        tool("ssh", "verify and bench on a board (--ssh)", "openssh-client"),
         _nvcc(m),
         _gpu(m),
     ]  # fmt: skip
@@ -207,6 +215,22 @@ def _compiler(m: Machine) -> Check:
     return Check("C compiler", path is not None, found, needed_for, cure, required=True)
 
 
+def _cross_compiler(m: Machine, arch: str, needed_for: str) -> Check:
+    name, cross = f"{arch} compiler", CROSS[arch]
+    command = m.cross.get(arch, "")
+    if not command:
+        cure = (
+            f"apt install {cross.package}; or, from pip alone, pip install ziglang; or apt install "
+            f"clang lld {cross.libraries} (Debian 12); or set {cross.variable} to a compiler"
+        )
+        return Check(name, False, "no GNU cross compiler, clang with lld, or zig", needed_for, cure)
+    words = shlex.split(command)
+    path = shutil.which(words[0]) if words else None
+    found = shlex.join([path, *words[1:]]) if path else f"{command}: no such program"
+    cure = "" if path else f"correct {cross.variable}, or unset it"
+    return Check(name, path is not None, found, needed_for, cure)
+
+
 def _tool(m: Machine, name: str, needed_for: str, debian: str) -> Check:
     path = m.tools.get(name)
     cure = "" if path else f"apt install {debian}"
@@ -252,6 +276,16 @@ def _release(version: str) -> tuple[int, ...]:
     """The numbers in front: "0.27.0.post1" -> (0, 27, 0)."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def _cross() -> dict[str, str]:
+    """Compilers for boards, as a compilation would choose them."""
+    found = {}
+    for name in ("aarch64", "armv7"):
+        target = TARGETS[name]
+        with contextlib.suppress(EnvironmentLacks):
+            found[target.arch] = shlex.join(find_compiler(target, native().arch))
+    return found
 
 
 def _version(distribution: str) -> str | None:

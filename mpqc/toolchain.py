@@ -28,6 +28,7 @@ class Cross:
     Attributes:
         prefix: of GNU's tools.
         package: Debian package of the GNU compiler.
+        libraries: Debian packages that clang needs beside itself and lld.
         triple: as clang and zig write it, without a C library's version.
         machine: e_machine of its ELF files.
         bits: of an address.
@@ -36,6 +37,7 @@ class Cross:
 
     prefix: str
     package: str
+    libraries: str
     triple: str
     machine: int
     bits: int
@@ -44,14 +46,18 @@ class Cross:
 
 CROSS: Mapping[str, Cross] = {
     "x86_64": Cross(
-        "x86_64-linux-gnu", "gcc-x86-64-linux-gnu", "x86_64-linux-gnu", 62, 64, "MPQC_CC_X86_64"
+        "x86_64-linux-gnu", "gcc-x86-64-linux-gnu",
+        "libc6-dev-amd64-cross libgcc-12-dev-amd64-cross", "x86_64-linux-gnu", 62, 64,
+        "MPQC_CC_X86_64",
     ),
     "aarch64": Cross(
-        "aarch64-linux-gnu", "gcc-aarch64-linux-gnu", "aarch64-linux-gnu", 183, 64,
+        "aarch64-linux-gnu", "gcc-aarch64-linux-gnu",
+        "libc6-dev-arm64-cross libgcc-12-dev-arm64-cross", "aarch64-linux-gnu", 183, 64,
         "MPQC_CC_AARCH64",
     ),
     "armv7": Cross(
-        "arm-linux-gnueabihf", "gcc-arm-linux-gnueabihf", "arm-linux-gnueabihf", 40, 32,
+        "arm-linux-gnueabihf", "gcc-arm-linux-gnueabihf",
+        "libc6-dev-armhf-cross libgcc-12-dev-armhf-cross", "arm-linux-gnueabihf", 40, 32,
         "MPQC_CC_ARMV7",
     ),
 }  # fmt: skip

@@ -13,6 +13,7 @@ GOOD = Machine(
     packages={name: "1.0" for name in doctor.PACKAGES}
     | {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post0"},
     tools={name: f"/usr/bin/{candidates[0]}" for name, candidates in doctor.TOOLS.items()},
+    cross={"aarch64": "true -x c", "armv7": "true"},
     extensions=("AVX2", "POPCNT"),
     gpus=("NVIDIA H200 (sm_90)",),
     cores=2,
@@ -30,6 +31,7 @@ def without(name: str) -> Machine:
         GOOD,
         packages={k: v for k, v in GOOD.packages.items() if k != name},
         tools={k: v for k, v in GOOD.tools.items() if k != name},
+        cross={k: v for k, v in GOOD.cross.items() if name != f"{k} compiler"},
     )
 
 
@@ -57,6 +59,12 @@ def test_required_ones_are_what_compiling_needs() -> None:
         ("xgboost", "mpqc[tune]"),
         ("C compiler", "set CC"),
         ("aarch64 compiler", "apt install gcc-aarch64-linux-gnu"),
+        ("aarch64 compiler", "pip install ziglang"),
+        ("aarch64 compiler", "apt install clang lld libc6-dev-arm64-cross"),
+        ("aarch64 compiler", "set MPQC_CC_AARCH64"),
+        ("armv7 compiler", "apt install gcc-arm-linux-gnueabihf"),
+        ("armv7 compiler", "set MPQC_CC_ARMV7"),
+        ("ssh", "apt install openssh-client"),
         ("qemu-arm", "apt install qemu-user-static"),
         ("nvcc", "CUDA toolkit"),
     ],
@@ -108,6 +116,14 @@ def test_cc_that_does_not_exist_is_not_papered_over() -> None:
     check = find("C compiler", replace(GOOD, compiler="no-such-compiler-at-all -O2"))
     assert not check.ok
     assert "CC=no-such-compiler-at-all" in check.found
+
+
+def test_says_which_compiler_builds_for_boards(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find("aarch64 compiler", GOOD).found.endswith("/true -x c")
+    monkeypatch.setenv("MPQC_CC_ARMV7", "no-such-compiler-at-all -O2")
+    check = find("armv7 compiler", Machine.here())
+    assert (check.ok, check.found) == (False, "no-such-compiler-at-all -O2: no such program")
+    assert check.cure == "correct MPQC_CC_ARMV7, or unset it"
 
 
 def test_extensions_of_x86() -> None:
