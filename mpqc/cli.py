@@ -13,10 +13,12 @@ from mpqc.cli_options import (
     VERBOSE,
     ArtifactPath,
     Batch,
+    BoardOptions,
     DataOption,
     Dim,
     FloatModel,
     Json,
+    Key,
     Model,
     Option,
     Overwrite,
@@ -26,8 +28,9 @@ from mpqc.cli_options import (
     TargetOption,
     Threads,
     Timeout,
+    Tracker,
     Verbose,
-    board_or_here,
+    Via,
     parse_dims,
     read_plan,
 )
@@ -268,6 +271,9 @@ def verify(
     max_samples: Annotated[int, Option("--max-samples", min=1, help="Compare so many.")] = 16,
     model: FloatModel = None,
     ssh: SshHost = None,
+    tracker: Tracker = None,
+    key: Key = None,
+    via: Via = "",
     timeout: Timeout = 600.0,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -275,13 +281,15 @@ def verify(
 ) -> None:
     """Check a compiled model bit for bit against its integer reference; exit 1 if it differs."""
     from mpqc.artifact import Artifact
+    from mpqc.boards.board import target_of
     from mpqc.data import open_data
     from mpqc.verify import input_graph
     from mpqc.verify import verify as verify_artifact
 
+    where = BoardOptions(ssh, tracker, key, timeout, via)
     opened = Artifact.open(artifact)
     samples = None if data is None else open_data(data, input_graph(opened), preprocess)
-    with console.Phases(verbose) as phases, board_or_here(ssh, opened, timeout) as board:
+    with console.Phases(verbose) as phases, where.open(target_of(opened)) as board:
         phases("verify")
         result = verify_artifact(
             opened,
@@ -312,6 +320,9 @@ def bench(
     preprocess: PreprocessOption = None,
     model: FloatModel = None,
     ssh: SshHost = None,
+    tracker: Tracker = None,
+    key: Key = None,
+    via: Via = "",
     timeout: Timeout = 600.0,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -320,19 +331,18 @@ def bench(
     """Measure latency, run by run in turn with ONNX Runtime on the float model."""
     from mpqc.artifact import Artifact
     from mpqc.bench import bench as bench_artifact
+    from mpqc.boards.board import target_of
     from mpqc.data import open_data
     from mpqc.verify import input_graph
 
+    where = BoardOptions(ssh, tracker, key, timeout, via)
     opened = Artifact.open(artifact)
-    if ssh is not None:
+    if where.given:
         from mpqc.boards.bench import bench_board
 
         if against not in ("ort-fp32", "none", "") or data is not None:
-            raise UsageError("--ssh measures the artifact alone: no --against, no --data")
-        with (
-            console.Phases(verbose) as phases,
-            board_or_here(ssh, opened, timeout, threads) as board,
-        ):
+            raise UsageError("a board measures the artifact alone: no --against, no --data")
+        with console.Phases(verbose) as phases, where.open(target_of(opened), threads) as board:
             phases("measure")
             assert board is not None
             remote = bench_board(opened, board, repeat, per_layer)

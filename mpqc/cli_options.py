@@ -2,17 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpqc import console
 from mpqc.errors import UsageError
 
 if TYPE_CHECKING:
-    from mpqc.artifact import Artifact
     from mpqc.boards.board import Board
+    from mpqc.boards.connection import Connection
     from mpqc.plan import Plan
+    from mpqc.target import Target
 
 VERBOSE = "mpqc.verbose"  # where the context remembers -v, for messages about errors
 
@@ -57,26 +60,70 @@ Batch = Annotated[int, Option("--batch", min=1, help="Samples of one run.")]
 Threads = Annotated[int, Option("--threads", min=1, help="Of every run.")]
 
 SshHost = Annotated[
+    str | None, Option("--ssh", metavar="USER@HOST", help="Run on this board, over ssh.")
+]
+Tracker = Annotated[
     str | None,
-    Option("--ssh", metavar="USER@HOST", help="Run on this board; the artifact is for it."),
+    Option("--tracker", metavar="HOST:PORT", help="Run on a board of TVM's RPC tracker: --key."),
+]
+Key = Annotated[
+    str | None, Option("--key", metavar="NAME", help="Which of the tracker's boards, as rpi4.")
 ]
 Timeout = Annotated[
     float, Option("--timeout", min=1, help="Seconds that a command on the board may take.")
 ]
+Via = Annotated[
+    str,
+    Option("--via", metavar="CMD", help="On the board, before every run, as 'taskset -c 3'."),
+]
 
 
-@contextlib.contextmanager
-def board_or_here(
-    host: str | None, artifact: "Artifact", timeout: float, threads: int = 1
-) -> "Iterator[Board | None]":
-    """The board that --ssh names; None without."""
-    if host is None:
-        yield None
-        return
-    from mpqc.boards.board import Board, target_of
+@dataclass(frozen=True)
+class BoardOptions:
+    """Where a verb runs models: here, or on a board that its options name.
 
-    with Board(host, target_of(artifact), threads, timeout) as board:
-        yield board
+    Raises:
+        UsageError: options that do not go together.
+    """
+
+    ssh: str | None = None
+    tracker: str | None = None
+    key: str | None = None
+    timeout: float = 600.0
+    via: str = ""
+
+    def __post_init__(self) -> None:
+        if self.ssh is not None and self.tracker is not None:
+            raise UsageError("--ssh and --tracker exclude each other: one board at a time")
+        if (self.tracker is None) != (self.key is None):
+            raise UsageError("--tracker and --key go together: where the tracker is, which board")
+        if self.via and not self.given:
+            raise UsageError("--via is for boards: name one with --ssh or --tracker and --key")
+
+    @property
+    def given(self) -> bool:
+        """Whether they name a board."""
+        return self.ssh is not None or self.tracker is not None
+
+    @contextlib.contextmanager
+    def open(self, target: "Target", threads: int = 1) -> "Iterator[Board | None]":
+        """The board; None without one."""
+        if not self.given:
+            yield None
+            return
+        from mpqc.boards.board import Board
+
+        with Board(self._connection(target), target, threads, self.via) as board:
+            yield board
+
+    def _connection(self, target: "Target") -> "Connection":
+        if self.ssh is not None:
+            from mpqc.boards.ssh import Ssh
+
+            return Ssh(self.ssh, self.timeout)
+        from mpqc.boards.rpc import Rpc
+
+        return Rpc(str(self.tracker), str(self.key), target, self.timeout, console.note)
 
 
 def read_plan(path: Path | None, model: Path, dims: dict[str, int]) -> "Plan | None":

@@ -12,15 +12,21 @@ from rich.text import Text
 
 from mpqc import console
 from mpqc.cli_options import (
+    BoardOptions,
     Dim,
     Json,
+    Key,
     Model,
     Option,
     Overwrite,
     Seed,
+    SshHost,
     TargetOption,
     Threads,
+    Timeout,
+    Tracker,
     Verbose,
+    Via,
     parse_dims,
 )
 from mpqc.errors import UsageError
@@ -58,6 +64,11 @@ def profile(
         Path | None, Option("--cache", metavar="DIR", help="By default the user's, $MPQC_CACHE.")
     ] = None,
     no_cache: Annotated[bool, Option("--no-cache", help="Measure anew, keep nothing.")] = False,
+    ssh: SshHost = None,
+    tracker: Tracker = None,
+    key: Key = None,
+    via: Via = "",
+    timeout: Timeout = 600.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -74,7 +85,8 @@ def profile(
     if cache is not None and no_cache:
         raise UsageError("--cache and --no-cache exclude each other")
     machine = find_target(target)
-    with _Bar(verbose) as bar:
+    where = BoardOptions(ssh, tracker, key, timeout, via)
+    with where.open(machine, threads) as board, _Bar(verbose) as bar:
         result = measure(
             model,
             machine,
@@ -85,6 +97,7 @@ def profile(
             dims=parse_dims(dim),
             cache=cache,
             use_cache=not no_cache,
+            runner=board,
             progress=bar,
         )
     if output is not None:

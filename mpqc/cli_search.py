@@ -171,9 +171,9 @@ def _kernels(
     from mpqc.target import find_target
 
     machine = find_target(target)
-    known = LatencyTable.load(latency_table) if latency_table else None
-    if known is None and machine.runs_here:
-        known = cached_table(machine, threads, cache)
+    known = (
+        LatencyTable.load(latency_table) if latency_table else cached_table(machine, threads, cache)
+    )
     asked = {name: layer.kernel for name, layer in result.plan.layers.items()}
     selector = Selector(machine, by_layer=asked, table=known)
     return expect_plan(import_model(model, dims), result.widths(), selector)

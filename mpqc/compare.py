@@ -411,12 +411,12 @@ def _write_csv(builds: Sequence[Build], path: Path) -> None:
 
 def _latency_digest(options: Options) -> str:
     """Of the table that chooses kernels: another one makes another build."""
-    from mpqc.latency import table_path
+    from mpqc.latency import cached_path
 
     if options.kernel != "auto" or options.latencies is None:
         return ""
     path = options.latencies
-    return _source_digest(table_path(options.target) if path == "cache" else Path(path))
+    return _source_digest(cached_path(options.target) if path == "cache" else Path(path))
 
 
 def _source_digest(source: str | Path | None) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = ("bitplane", "bitplane-lut", "int8")
 NETWORK = "network"  # op of rows that speak of a whole model
+FLOAT = "w32a32"
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,10 @@ class Network:
     factor: float
     checks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     float_seconds: float | None = None
+
+    def holds(self, precision: str) -> bool:
+        """Whether the whole network was measured at a precision; w32a32 is float."""
+        return self.float_seconds is not None if precision == FLOAT else precision in self.checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,7 +351,7 @@ class LatencyTable:
         checks = {name: (promised[name], whole[name]) for name in promised if name in whole}
         sure = {name: pair for name, pair in checks.items() if name not in guessed} or checks
         factor = statistics.median(m / p for p, m in sure.values()) if sure else 1.0
-        return Network(statistics.median(rest.values()), factor, checks, whole.get("w32a32"))
+        return Network(statistics.median(rest.values()), factor, checks, whole.get(FLOAT))
 
 
 @dataclass(frozen=True)
@@ -419,28 +424,53 @@ class LatencyCost:
 CostFunction = Callable[["Layer", Precision | None], float]
 
 
-def table_path(target: "Target", threads: int = 1, cache: Path | None = None) -> Path:
-    """File in the user's cache with the latencies of a target on this machine."""
+def table_path(
+    target: "Target", threads: int = 1, cache: Path | None = None, cpu: str | None = None
+) -> Path:
+    """File in the user's cache with the latencies of a target on one processor.
+
+    Args:
+        target: machine.
+        threads: of every run.
+        cache: folder; by default the user's.
+        cpu: model of a board's processor; by default this machine's.
+    """
     from mpqc.bench import machine
     from mpqc.search.cache import default_cache
 
     facts = [dict(target.llvm), sorted(target.features), target.vector_bits, target.cores]
-    text = json.dumps([facts, threads, machine({})["processor"], versions()], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = (default_cache() if cache is None else cache) / "latency"
-    return folder / f"{target.arch}-{target.vector_bits}-{digest}.csv"
+    made = _digest([facts, threads, versions()], 16)
+    measured_on = _digest([machine({})["processor"] if cpu is None else cpu], 8)
+    return folder / f"{target.arch}-{target.vector_bits}-{made}-{measured_on}.csv"
+
+
+def _digest(facts: object, digits: int) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:digits]
+
+
+def cached_path(target: "Target", threads: int = 1, cache: Path | None = None) -> Path | None:
+    """The table that ``mpqc profile`` left for a target and these versions.
+
+    This machine's where the target runs here; else of the board that was measured last.
+    """
+    own = table_path(target, threads, cache)
+    if target.runs_here:
+        return own if own.exists() else None
+    boards = own.parent.glob(f"{own.stem.rpartition('-')[0]}-*.csv")
+    return max(boards, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def cached_table(target: "Target", threads: int = 1, cache: Path | None = None) -> (
     LatencyTable | None
 ):  # fmt: skip
-    """The table that ``mpqc profile`` left for a target, this machine and these versions.
+    """The table at ``cached_path``.
 
     Raises:
         DataError: it is damaged.
     """
-    path = table_path(target, threads, cache)
-    return LatencyTable.load(path) if path.exists() else None
+    path = cached_path(target, threads, cache)
+    return None if path is None else LatencyTable.load(path)
 
 
 def versions() -> str:

@@ -191,7 +191,7 @@ def _latencies(options: Options) -> "LatencyTable | None":
         return None
     if options.latencies != "cache":
         return LatencyTable.load(options.latencies)
-    return cached_table(options.target) if options.target.runs_here else None
+    return cached_table(options.target)
 
 
 @dataclass(frozen=True)

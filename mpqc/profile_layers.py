@@ -21,6 +21,7 @@ from mpqc.calibration import Calibration
 from mpqc.errors import EnvironmentLacks, UsageError
 from mpqc.graph import Array, Graph, Node, Precision
 from mpqc.latency import (
+    FLOAT,
     KINDS,
     Conditions,
     Entry,
@@ -61,7 +62,7 @@ class Times:
 
 
 class Runner(Protocol):
-    """Where libraries run: this machine, or one day a board."""
+    """Where libraries run: this machine, or a board."""
 
     def machine(self) -> str:
         """Model of the processor."""
@@ -258,7 +259,7 @@ def profile(
         progress: called with what is done, steps done, steps in all.
 
     Raises:
-        EnvironmentLacks: this machine cannot run the target's instructions.
+        EnvironmentLacks: this machine cannot run the target's instructions, or the board is gone.
         UsageError: widths outside 1 to 8, or a model without layers.
         DataError: the cache is damaged.
     """
@@ -268,11 +269,12 @@ def profile(
     if isinstance(runs, LocalRunner) and not target.runs_here:
         raise EnvironmentLacks(
             f"target {target.name} does not run on this machine, and latencies are measured, not "
-            "guessed: profile on the machine itself, or choose a target that runs here "
-            "(mpqc targets)"
+            "guessed: name a board (--ssh, or --tracker and --key), or choose a target that runs "
+            "here (mpqc targets)"
         )
-    conditions = Conditions(target.name, runs.machine(), threads, versions())
-    path = table_path(target, threads, cache) if use_cache else None
+    cpu = runs.machine()
+    conditions = Conditions(target.name, cpu, threads, versions())
+    path = table_path(target, threads, cache, cpu) if use_cache else None
     table = LatencyTable.load(path) if path is not None and path.exists() else (
         LatencyTable(conditions)
     )  # fmt: skip
@@ -283,15 +285,22 @@ def profile(
     absent = sum(len(points) for kinds in missing.values() for points in kinds.values())
     work = [(pair, kinds) for pair, kinds in missing.items() if kinds]
     steps = len(work) + len(checks) + bool(checks)
-    for done, (pair, kinds) in enumerate(work):
-        progress(f"measure {pair}", done, steps)
-        book.add(_measure_pair(network, pair, list(kinds), runs, repeat))
     known = book.table.network(network.sha256)
-    for index, checked in enumerate((*checks, None) if checks else ()):
-        name = "w32a32" if checked is None else str(checked)
-        progress(f"check the whole network at {name}", len(work) + index, steps)
-        if work or known is None or not (checked is None or name in known.checks):
-            book.add(_check(network, checked, runs, repeat, book.table))
+    try:
+        for done, (pair, kinds) in enumerate(work):
+            progress(f"measure {pair}", done, steps)
+            book.add(_measure_pair(network, pair, list(kinds), runs, repeat))
+        for index, checked in enumerate((*checks, None) if checks else ()):
+            name = FLOAT if checked is None else str(checked)
+            progress(f"check the whole network at {name}", len(work) + index, steps)
+            if work or known is None or not known.holds(name):
+                book.add(_check(network, checked, runs, repeat, book.table))
+    except EnvironmentLacks as error:
+        if path is None:
+            raise
+        raise EnvironmentLacks(
+            f"{error}; what was measured is kept: the same command goes on from there"
+        ) from error
     progress("done", steps, steps)
     return Profile(
         table=book.table,

@@ -134,7 +134,7 @@ def mpqc(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_board_computes_the_same(server: Server, artifact: Artifact) -> None:
     with np.load(demo.files()[2]) as arrays:
         feeds = {"input": arrays["input"][:1]}
-    with Board(server.host, native()) as board, CompiledModel(artifact.library) as here:
+    with Board(Ssh(server.host), native()) as board, CompiledModel(artifact.library) as here:
         remote = board.load(artifact)
         assert (remote.inputs, remote.outputs) == (here.inputs, here.outputs)
         np.testing.assert_array_equal(remote.run(feeds)["logits"], here.run(feeds)["logits"])
@@ -179,11 +179,11 @@ def test_bench_measures_on_the_board(server: Server, artifact: Artifact) -> None
 def test_opponents_stay_here(server: Server, artifact: Artifact) -> None:
     result = mpqc("bench", str(artifact.folder), "--ssh", server.host, "--against", "ort-int8")
     assert result.returncode == 2
-    assert "--ssh measures the artifact alone" in result.stderr
+    assert "a board measures the artifact alone" in result.stderr
 
 
 def test_a_board_is_a_runner_of_profiles(server: Server, artifact: Artifact) -> None:
-    with Board(server.host, native()) as board:
+    with Board(Ssh(server.host), native()) as board:
         runner: Runner = board
         times = runner.measure([artifact.library, artifact.library], 3)
         assert len(times) == 2
@@ -199,7 +199,7 @@ def test_clients_do_not_disturb_each_other(server: Server, artifact: Artifact) -
     found: list[float] = []
 
     def client() -> None:
-        with Board(server.host, native()) as board:
+        with Board(Ssh(server.host), native()) as board:
             for _ in range(3):
                 found.extend(times.whole[0] for times in board.measure([artifact.library], 5))
 
@@ -212,8 +212,8 @@ def test_clients_do_not_disturb_each_other(server: Server, artifact: Artifact) -
 
 
 def test_nothing_stays_on_the_board(server: Server, artifact: Artifact) -> None:
-    with Board(server.host, native()) as board:
-        folder = Path(board.ssh.folder)
+    with Board(Ssh(server.host), native()) as board:
+        folder = Path(board.connection.folder)
         board.send(artifact.library)
         assert sorted(path.name for path in folder.iterdir()) == ["measure", "model0.so"]
     assert not folder.exists()
@@ -304,7 +304,7 @@ def test_a_full_disk_is_named(server: Server, artifact: Artifact) -> None:
 
 
 def test_the_measuring_program_explains_itself(server: Server, artifact: Artifact) -> None:
-    with Board(server.host, native()) as board:
+    with Board(Ssh(server.host), native()) as board:
         place = board.send(artifact.library)
         for arguments, message in (
             ("", "usage: measure run"),

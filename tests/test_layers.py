@@ -24,6 +24,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "onnxruntime": ("mpqc/ort.py",),
     "tvm": (
+        "mpqc/boards/rpc.py",
         "mpqc/build.py",
         "mpqc/compute.py",
         "mpqc/float_compute.py",

@@ -131,7 +131,7 @@ def test_an_interrupted_profile_resumes(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("mpqc.profile_layers.KINDS", ("int8",))
     with pytest.raises(KeyboardInterrupt):
         scripted(tmp_path, Scripted(most=2))
-    kept = LatencyTable.load(table_path(native(), 1, tmp_path))
+    kept = LatencyTable.load(table_path(native(), 1, tmp_path, Scripted().machine()))
     pairs = {(e.weight_bits, e.activation_bits) for e in kept.entries}
     assert pairs == {(2, 2), (2, 4)}
     runner = Scripted()
@@ -148,7 +148,7 @@ def test_a_damaged_line_is_measured_again_when_it_is_the_last(
 ) -> None:
     monkeypatch.setattr("mpqc.profile_layers.KINDS", ("bitplane", "int8"))
     scripted(tmp_path, Scripted(), [2])
-    path = table_path(native(), 1, tmp_path)
+    path = table_path(native(), 1, tmp_path, Scripted().machine())
     path.write_bytes(path.read_bytes()[:-20])
     runner = Scripted()
     assert scripted(tmp_path, runner, [2]).measured == 1
@@ -156,7 +156,7 @@ def test_a_damaged_line_is_measured_again_when_it_is_the_last(
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
-    path = table_path(native(), 1, tmp_path)
+    path = table_path(native(), 1, tmp_path, Scripted().machine())
     path.parent.mkdir(parents=True)
     path.write_text("rubbish\n", "utf-8")
     with pytest.raises(DataError, match="not a latency table"):

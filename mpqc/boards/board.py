@@ -1,8 +1,7 @@
-"""A board that is reached over ssh: compiled models run and are measured there."""
+"""A board: compiled models run and are measured there."""
 
 import statistics
 import struct
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +13,14 @@ from typing import Any, Self
 import numpy as np
 
 from mpqc.artifact import Artifact
-from mpqc.boards.ssh import Ssh
+from mpqc.boards.connection import Connection
+from mpqc.boards.programs import compile_measure
 from mpqc.errors import ArtifactError, DataError
-from mpqc.model_source import CSRC
 from mpqc.profile_layers import LEAST_SECONDS, Times
-from mpqc.target import Target, find_target, native
+from mpqc.target import Target, find_target
 from mpqc.tensor_type import Array, TensorType
-from mpqc.toolchain import find_compiler
 
-SOURCE = Path(__file__).parent / "measure.c"
 PROGRAM = "measure"
-# Symbols that even old systems have; newer C libraries bind programs to glibc 2.34.
-_OLD_GLIBC = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17", "armv7": "GLIBC_2.4"}
 
 
 @dataclass(frozen=True)
@@ -42,45 +37,49 @@ class Samples:
 
 
 class Board:
-    """Another machine with ssh and a folder for our files; use it as a context.
+    """Another machine that we can send files to and run commands on; use it as a context.
 
     Args:
-        host: as ssh takes it.
+        connection: to it; closed with the board.
         target: machine that the models were compiled for.
         threads: of every run.
-        timeout: of a single command [s].
+        via: command on the board that runs the measuring program, as "taskset -c 3".
 
     Raises:
-        EnvironmentLacks: no ssh or compiler here, or the board cannot be reached.
+        EnvironmentLacks: no compiler for it here, or it is gone.
     """
 
-    def __init__(self, host: str, target: Target, threads: int = 1, timeout: float = 600.0) -> None:
+    def __init__(
+        self, connection: Connection, target: Target, threads: int = 1, via: str = ""
+    ) -> None:
         self.threads = threads
-        self.ssh = Ssh(host, timeout)
+        self.connection = connection
+        self._program = f"{via} {connection.folder}/{PROGRAM}".strip()
         try:
             with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
-                self.ssh.upload({PROGRAM: compile_program(target, Path(folder))})
+                connection.upload({PROGRAM: compile_measure(target, Path(folder))})
         except BaseException:
-            self.ssh.close()
+            connection.close()
             raise
-        self._sent: dict[Path, str] = {}
+        self._sent = 0
 
     def send(self, library: Path) -> str:
-        """Name of a library on the board; it is sent once."""
-        if library not in self._sent:
-            name = f"model{len(self._sent)}.so"
-            self.ssh.upload({name: library})
-            self._sent[library] = name
-        return f"{self.ssh.folder}/{self._sent[library]}"
+        """Place of a library on the board."""
+        name = f"model{self._sent}.so"
+        self.connection.upload({name: library})
+        self._sent += 1
+        return f"{self.connection.folder}/{name}"
 
     def run(self, arguments: str, given: bytes = b"") -> bytes:
         """The measuring program."""
-        return self.ssh.run(f"{self.ssh.folder}/{PROGRAM} {arguments}", given)
+        return self.connection.run(f"{self._program} {arguments}", given)
 
     def samples(self, libraries: Sequence[Path], repeat: int, seconds: float) -> list[Samples]:
         """Run libraries in turn, at least so often and, together, at least so long."""
-        places = " ".join(self.send(library) for library in libraries)
-        text = self.run(f"time {self.threads} {repeat} {seconds:g} {places}").decode()
+        places = " ".join(map(self.send, libraries))
+        call = f"time {self.threads} {repeat} {seconds:g} {places}"
+        text = self.run(call).decode()
+        self.connection.run(f"rm -f {places}")  # a profile sends many
         found: list[tuple[tuple[float, ...], list[tuple[float, ...]]]] = []
         for line in text.splitlines():
             kind, *numbers = line.split()
@@ -108,15 +107,14 @@ class Board:
 
     def facts(self) -> dict[str, Any]:
         """About the board: what a latency means nothing without."""
-        text = self.ssh.run("uname -srm; uname -m; cat /proc/loadavg; cat /proc/cpuinfo").decode(
-            "utf-8", "replace"
-        )
+        asked = "uname -srm; uname -m; cat /proc/loadavg; cat /proc/cpuinfo"
+        text = self.connection.run(asked).decode("utf-8", "replace")
         system, machine, load, *lines = text.splitlines()
         facts: dict[str, Any] = {
             "processor": machine,
             "cores": sum(line.startswith("processor") for line in lines),
             "system": system,
-            "host": self.ssh.host,
+            "host": self.connection.host,
             "load_average": float(load.split()[0]),
         }
         for line in lines:
@@ -130,7 +128,7 @@ class Board:
         return RemoteModel(self, artifact)
 
     def close(self) -> None:
-        self.ssh.close()
+        self.connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -248,28 +246,3 @@ def target_of(artifact: Artifact) -> Target:
     if name != "native":
         return find_target(name)
     return Target(name, known["arch"], known["llvm"], features=frozenset(known["features"]))
-
-
-def compile_program(target: Target, folder: Path) -> Path:
-    """The measuring program for a target.
-
-    Raises:
-        EnvironmentLacks: no compiler for the target.
-        ArtifactError: it refused.
-    """
-    command = find_compiler(target, native().arch)
-    output = folder / PROGRAM
-    call = [*command, "-std=gnu11", "-O2", "-I", str(CSRC), str(SOURCE), "-o", str(output)]
-    asked = subprocess.run(
-        [*command, "-print-file-name=libdl.so.2"], capture_output=True, text=True, check=False
-    )
-    if asked.returncode == 0 and asked.stdout.strip().startswith("/"):
-        call += [f'-DOLD_GLIBC="{_OLD_GLIBC[target.arch]}"', "-Wl,--no-as-needed", "-l:libdl.so.2"]
-    else:
-        call += ["-ldl"]
-    result = subprocess.run(call, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise ArtifactError(
-            f"{command[0]} failed to compile the measuring program:\n{result.stderr[-2000:]}"
-        )
-    return output
