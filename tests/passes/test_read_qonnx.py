@@ -106,7 +106,8 @@ def data(rng: np.random.Generator, shape: tuple[int, ...], scale: Any, span: flo
     whole = np.floor(steps)
     kind = rng.integers(0, 3, shape)
     picked = np.where(kind == 0, whole, np.where(kind == 1, whole + 0.5, steps))
-    return (picked * scale).astype(np.float32)
+    drawn: Array = (picked * scale).astype(np.float32)
+    return drawn
 
 
 # ---- activations ---------------------------------------------------------------------------------
