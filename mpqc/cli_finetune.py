@@ -18,6 +18,7 @@ from mpqc.cli_options import (
     Seed,
     Verbose,
     parse_dims,
+    read_plan,
 )
 from mpqc.errors import UsageError
 
@@ -124,9 +125,9 @@ def finetune(
     if (plan is None) == (bits is None):
         raise UsageError("give the widths: --plan P, or --bits w2a2, not both")
     from mpqc.graph import Precision
-    from mpqc.plan import Plan
 
-    loaded = None if plan is None else Plan.load(plan)
+    dims = parse_dims(dim)
+    loaded = read_plan(plan, model, dims)
     width = None if bits is None else Precision.parse(bits)
     ends = None if first_last == "same" else Precision.parse(first_last)
     from mpqc.train.finetune import Options, paths
@@ -164,7 +165,7 @@ def finetune(
             ends=ends,
             validate=validate,
             preprocess=preprocess,
-            dims=parse_dims(dim),
+            dims=dims,
             max_samples=max_samples,
             force=force,
             resume=resume,

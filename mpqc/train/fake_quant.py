@@ -161,6 +161,8 @@ class _Levels(nn.Module):
         self.register_buffer("odd", torch.from_numpy(mask).reshape(shape) if mask.any() else None)
         uniform = bool((widths == widths[0]).all())
         self.kind: WeightLevels = "odd" if mask.all() and uniform else "signed"
+        if self.kind == "signed" and self.bits == 1 and mask.any():
+            self.bits = 2  # -1, 0 and 1
         if self.kind == "signed" and mask.any() and odd:
             raise UsageError("odd levels want one width for all channels of a layer")
 

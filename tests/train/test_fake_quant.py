@@ -99,6 +99,10 @@ def test_channels_of_different_widths() -> None:
     np.testing.assert_allclose(made.scale[1:], known.scale, rtol=1e-6)
     assert made.values[2].min() >= -2
     assert made.values[2].max() <= 1
+    binary = check(LsqWeights.fitted(torch.from_numpy(array), (0, 1, 1, 0, 1)), array)
+    assert (binary.bits, set(np.unique(binary.values))) == (2, {-1, 0, 1})
+    gone = check(LsqWeights.fitted(torch.from_numpy(array), 0), array)
+    assert not gone.values.any()
     with pytest.raises(UsageError, match="0 to 8 bits"):
         LsqWeights.fitted(torch.from_numpy(array), 9)
     with pytest.raises(UsageError, match="one width"):
