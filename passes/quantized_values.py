@@ -299,7 +299,9 @@ class Reader:
             self.define(node, out, exact)
             return
         axis = values.ndim - 1 - varying[0] if varying else 0
-        flat = scale.astype(np.float32).reshape(-1)
+        # blocks of real files have negative scales, and zero where all is zero
+        values = np.where(scale == 0, 0, np.where(scale < 0, -values, values))
+        flat = np.abs(np.where(scale == 0, 1, scale)).astype(np.float32).reshape(-1)
         self.weights[out] = Weights(values.astype(np.int16), flat, axis, bits, levels)
 
     def move_weights(self, node: Node) -> bool:
@@ -526,12 +528,12 @@ def _along(operand: Operand) -> Operand:
     return operand.astype(np.float32) if number is None else np.asarray(number, np.float32)
 
 
-def check_scale(node: Node, scale: Array) -> None:
-    """Refuse scales that no quantizer can have."""
+def check_scale(node: Node, scale: Array, *, constant: bool = False) -> None:
+    """Refuse scales that no quantizer can have; those of constants may have any sign."""
     wide = scale.astype(np.float64)
     if not np.isfinite(wide).all():
         raise ModelError(f"{node.op} {node.name!r} has a scale that is not finite; export it again")
-    if (wide <= 0).any():
+    if not constant and (wide <= 0).any():
         raise ModelError(
             f"{node.op} {node.name!r} has the scale {wide.min():g}; scales must be positive: "
             "export it again"

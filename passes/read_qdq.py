@@ -186,7 +186,8 @@ def _rule(reader: Reader, node: Node, data: str, dtype: str) -> tuple[Operand, O
         )
     scale = _operand(reader, node, names[1], "scale", shape)
     if not isinstance(scale, str):
-        check_scale(node, scale)
+        told = node.op.endswith("DequantizeLinear") and reader.array(data) is not None
+        check_scale(node, scale, constant=told)
     zero: Operand = np.zeros((), np.int64)
     if zero_name:
         if (

@@ -167,8 +167,7 @@ def matmul_n_bits(reader: Reader, node: Node) -> None:
             f"{_label(node)} holds {raw.size} bytes and {scale.size} scales for {n} columns of "
             f"{blocks} blocks of {block} by {bits} bits; export it again"
         )
-    if (scale < 0).any() or not np.isfinite(scale).all():
-        check_scale(node, scale)
+    check_scale(node, scale, constant=True)
     codes = unpack_elements(raw.reshape(n, blocks, -1), bits).astype(np.int64)
     scale = scale.reshape(n, blocks, 1)
     zero = _n_bits_zeros(reader, node, zeros, (n, blocks), bits)

@@ -132,6 +132,18 @@ def test_blocked_weights_are_float_and_listed(tmp_path: Path, extent: int, block
     assert "several axes" in kept.reason
 
 
+def test_scales_of_weights_may_have_any_sign(tmp_path: Path) -> None:
+    values = np.array([[-8, 7, 3], [1, -2, 5]])
+    scale = np.array([0.5, -0.25, 0], np.float32)
+    content = weights_file(values, TensorProto.INT4, scale, None, 1, 21)
+    graph = read(content, tmp_path).graph
+    made = only(graph, "DequantizeWeights")
+    integers, factors = weights_of(graph, made)
+    np.testing.assert_array_equal(factors, [0.5, 0.25, 1])
+    np.testing.assert_array_equal(integers, [[-8, -7, 0], [1, 2, 0]])
+    np.testing.assert_array_equal(integers * factors, values * scale)
+
+
 def test_transposed_and_reshaped_weights_stay_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(-8, 8, (6, 2, 2))
@@ -446,6 +458,15 @@ def test_bad_rules_are_named(
     element = getattr(TensorProto, kind)
     content = activation_file(element, np.asarray(scale, np.float32), np.asarray(zero), 13)
     with pytest.raises(ModelError, match=message):
+        read(content, tmp_path)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scales_of_weights_are_finite(tmp_path: Path, scale: float) -> None:
+    content = weights_file(
+        np.zeros((2, 3)), TensorProto.INT8, np.asarray(scale, np.float32), None, 1, 21
+    )
+    with pytest.raises(ModelError, match="'dq' has a scale that is not finite"):
         read(content, tmp_path)
 
 
