@@ -10,17 +10,18 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from tvm import te
+from tvm import te, tirx
 from tvm.s_tir import Schedule
 
-from mpqc import compute
+from mpqc import compute, compute_winograd
 from mpqc.compute import Window
 from mpqc.graph import TensorType
-from mpqc.schedules import conv_cpu, pack_script, pad_script, simple_cpu
+from mpqc.schedules import conv_cpu, pack_script, pad_script, simple_cpu, winograd_cpu
 from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.target import Target
+from mpqc.winograd import POSITIONS
 
 Expr = Any
 Shape = tuple[int, int, int, int]
@@ -209,11 +210,13 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
     ("bitplane", 512): ((7, 1), (4, 1), (8, 1), (2, 2)),
     ("bitplane", 256): ((7, 1), (2, 2), (4, 1)),
     ("lut", 512): ((7, 1), (4, 2), (2, 4), (2, 2), (4, 1)),
-    ("lut", 256): ((7, 1), (2, 2), (4, 1)),
+    ("lut", 256): ((4, 2), (2, 4), (7, 1), (2, 2), (4, 1)),
     ("half", 512): ((7, 1), (4, 2), (2, 2), (4, 1)),
-    ("half", 256): ((7, 1), (2, 2), (4, 1)),
+    ("half", 256): ((4, 2), (2, 4), (7, 1), (2, 2), (4, 1)),
     ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4)),
-    ("dot", 256): ((4, 2), (7, 1), (14, 1), (8, 1), (2, 4), (5, 2), (3, 2)),
+    ("dot", 256): ((4, 2), (2, 4), (7, 1), (14, 1), (8, 1), (5, 2), (3, 2)),
+    ("winograd", 512): ((14, 1), (7, 1), (4, 1), (8, 1), (2, 2)),
+    ("winograd", 256): ((4, 2), (2, 4), (7, 1), (2, 2), (4, 1)),
 }
 # For NEON's 32 registers, by the estimates of benchmarks/arm.py: a broadcast costs as much as an
 # addition, so that several vectors share it.
@@ -223,7 +226,9 @@ _NEON_TILES: dict[str, tuple[tuple[int, int], ...]] = {
     "dot": ((4, 4), (2, 8), (8, 2), (2, 4), (7, 2), (5, 4), (4, 2), (3, 4), (7, 1)),
     "long": ((8, 1), (4, 2), (7, 1), (4, 1), (5, 1), (2, 4), (2, 1)),
 }
-_LARGE_LUT: dict[int, tuple[tuple[int, int], ...]] = {512: ((4, 2), (2, 2)), 256: ((2, 2),)}
+PREFETCHED = 1 << 21  # bytes of weights that lie in no L2: each is read from far away, once
+PATCH = 512  # tiles x channels of a Winograd patch: sixteen int32 of each, 32 KiB
+WINOGRAD = "winograd-"  # before the instruction, in the names of variants
 _REGISTERS = {512: 26, 256: 12}  # accumulators, with some left for operands
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
 
@@ -236,7 +241,7 @@ def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
     elif kind == "long":  # 16 registers, twice as many halves
         pairs = ((2, 1), (4, 1), (1, 1))
     elif kind == "lut" and layer.window.ow >= 56 and blocks % 2 == 0:  # tables come from L2
-        pairs = _LARGE_LUT[width]
+        pairs = ((4, 2), (2, 2))
     else:
         pairs = _TILES[kind, width]
     row = layer.window.ow
@@ -287,6 +292,28 @@ def dot_tile(layer: Layer, target: Target, instruction: str) -> Tile:
     dot = DOTS[instruction]
     kind = "half" if dot.halves else "long" if dot.chain else "dot"
     return _tile(kind, layer, target, dot.lanes)
+
+
+def winograd_tile(layer: Layer, target: Target, instruction: str) -> Tile:
+    """Default tile of the Winograd kernels, in 2x2 tiles of a row."""
+    dot = DOTS[instruction]
+    columns = compute_winograd.tiles(layer.window)[1]
+    blocks = -(-layer.out_channels // dot.lanes)
+    pairs = _TILES["winograd", 512 if target.vector_bits == 512 else 256]
+    if dot.data == "int16" and target.vector_bits < 512:
+        pairs = ((2, 4), *pairs)  # four tiles of values would fill L1
+    for pixels, vectors in pairs:
+        if columns % pixels == 0 and blocks % vectors == 0:
+            return Tile(pixels, vectors, dot.lanes)
+    return Tile(largest_divisor(columns, 8), 1, dot.lanes)
+
+
+def winograd_patch(layer: Layer, tile: Tile) -> tuple[int, int]:
+    """Rows and columns of 2x2 tiles whose products lie in cache together."""
+    rows, columns = compute_winograd.tiles(layer.window)
+    most = max(1, PATCH // tile.block)
+    abreast = tile.pixels * largest_divisor(columns // tile.pixels, max(1, most // tile.pixels))
+    return (largest_divisor(rows, max(1, most // abreast)) if abreast == columns else 1), abreast
 
 
 def grouped_tile(layer: Layer, target: Target) -> Tile:
@@ -459,23 +486,17 @@ def window_sum_kernel(layer: Layer) -> Kernel:
     return _kernel([planes], [sums], simple_cpu.window_sum, "window sum")
 
 
-def half_steps(largest_product: int) -> int:
-    """Steps that an int16 lane survives, each adding two products of at most that size."""
-    return (2**15 - 1) // max(1, 2 * largest_product)
-
-
 def dot_kernel(
     layer: Layer,
     operands: Sequence[Operand],
     outputs: Sequence[Output],
     tile: Tile,
     instruction: str,
-    largest_product: int | None = None,
+    chunk: int = 0,
 ) -> Kernel:
     """Arguments: codes, weight [O/B, KH, taps, run/t, B, t], [correction], operands; outputs.
 
-    ``largest_product`` bounds |code * weight|: it tells how long int16 sums stay exact, and
-    instructions that sum in int16 need it.
+    ``chunk`` steps are summed in int16 by instructions that do so; ``accumulators`` proves it.
     """
     dot = DOTS[instruction]
     run = -(-layer.run_pixels * layer.image[3] // dot.group)
@@ -493,12 +514,8 @@ def dot_kernel(
         "weight",
     )
     if dot.halves:
-        steps = half_steps(largest_product) if largest_product is not None else 0
-        if not steps:
-            raise ValueError(
-                f"{instruction} would overflow int16 with products of {largest_product}"
-            )
-        chunk = largest_divisor(run, steps)
+        if not chunk:
+            raise ValueError(f"{instruction} would overflow int16")
         acc = compute.half_conv(codes, weight, layer.window, layer.image, chunk)
     else:
         acc = compute.dot_conv(codes, weight, layer.window, layer.image)
@@ -513,6 +530,79 @@ def dot_kernel(
         ),
         instruction,
     )
+
+
+def winograd_layer(layer: Layer) -> Layer:
+    """The layer over an image that whole tiles cover."""
+    n, _, _, channels = layer.image
+    rows, columns = compute_winograd.tiles(layer.window)
+    return replace(layer, image=(n, 2 * rows + 2, 2 * columns + 2, channels))
+
+
+def winograd_values(layer: Layer, instruction: str) -> tuple[int, ...]:
+    """Shape of the transformed image, its channels filled up to whole instructions."""
+    rows, columns = compute_winograd.tiles(layer.window)
+    channels = _round_up(layer.image[3], DOTS[instruction].group)
+    return (layer.window.n, rows, POSITIONS, columns, channels)
+
+
+def winograd_image_kernel(layer: Layer, instruction: str, target: Target) -> Kernel:
+    """Codes [N * H * W * C] of whole tiles -> transformed codes [N, TY, 16, TX, C]."""
+    dtype = DOTS[instruction].data
+    offset = 0 if dtype == "int16" else 2 * (2**layer.activation_bits - 1)
+    codes = te.placeholder((prod(layer.image),), "uint8", "codes")
+    values = compute_winograd.transform_image(codes, layer.window, layer.image, dtype, offset)
+    lanes = target.vector_bits // (16 if dtype == "int16" else 8)
+    return _kernel(
+        [codes], [values], lambda sch: winograd_cpu.transform_image(sch, lanes), "winograd image"
+    )
+
+
+def winograd_kernel(
+    layer: Layer,
+    operands: Sequence[Operand],
+    outputs: Sequence[Output],
+    tile: Tile,
+    instruction: str,
+    chunk: int = 0,
+) -> Kernel:
+    """3x3 windows by Winograd's F(2x2, 3x3).
+
+    Arguments: values [N, TY, 16, TX, C], weight [O/B, 16, C/t, B, t], correction [4 * O],
+    operands; outputs. ``chunk``: as for ``dot_kernel``.
+    """
+    dot = DOTS[instruction]
+    values = te.placeholder(winograd_values(layer, instruction), dot.data, "values")
+    steps = int(values.shape[4]) // dot.group
+    shape = (-(-layer.out_channels // tile.block), POSITIONS, steps, tile.block, dot.group)
+    weight = te.placeholder(shape, dot.weight, "weight")
+    if dot.halves and not chunk:
+        raise ValueError(f"{instruction} would overflow int16")
+    acc = compute_winograd.winograd_conv(
+        values, weight, layer.window, chunk if dot.halves else None
+    )
+    channels = layer.out_channels
+    correction = te.placeholder((4 * channels,), "int32", "correction")
+
+    def read(n: Expr, y: Expr, x: Expr, c: Expr) -> Expr:
+        place = (y % 2 * 2 + x % 2) * channels
+        total = acc[n, y, x, c // tile.block, c % tile.block] + correction[place + c]
+        return total >> tirx.const(2, "int32")
+
+    # the weights of the next position, while those of this one are used several times
+    panel = steps * tile.block * dot.group
+    ahead = panel if dot.weight == "int8" and panel * POSITIONS * shape[0] > PREFETCHED else 0
+    holders, results, names = _stages(layer.out_shape, read, operands, outputs)
+    return _kernel(
+        [values, weight, correction, *holders],
+        results,
+        lambda sch: winograd_cpu.winograd_conv(
+            sch, tile,
+            winograd_patch(layer, tile), channels, names,
+            instruction=instruction, halves=bool(dot.halves), ahead=ahead, threads=_threads(layer),
+        ),
+        f"{WINOGRAD}{instruction}",
+    )  # fmt: skip
 
 
 def grouped_kernel(

@@ -488,7 +488,10 @@ def versions() -> str:
 
 
 # Code that decides what a layer's kernel looks like.
-_KERNEL_CODE = ("kernels.py", "compute.py", "epilogue.py", "lowering.py", "packing.py")
+_KERNEL_CODE = (
+    "kernels.py", "compute.py", "compute_winograd.py", "winograd.py", "accumulators.py",
+    "epilogue.py", "lowering.py", "packing.py",
+)  # fmt: skip
 
 
 @cache

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
-from mpqc import kernels
+from mpqc import kernels, winograd
 from mpqc.epilogue import Epilogue
 from mpqc.errors import PassError
 from mpqc.graph import Array, Graph, Node, Precision, TensorType
 from mpqc.grouping import LAYERS, Group, form_groups
-from mpqc.kernels import Kernel, Layer, Operand, Output, Shape
+from mpqc.kernels import WINOGRAD, Kernel, Layer, Operand, Output, Shape
 from mpqc.numerics import weight_codes
 from mpqc.onnx_to_tir import convert_region
 from mpqc.packing import (
@@ -244,12 +244,19 @@ class _Lowering:
             packed = lut_weights(weight_codes(weight, bits, levels), bits, layer.taps, tile.block)
         elif choice.variant == "multiply-add":
             packed = grouped_weights(weight, tile.block)
+        elif choice.winograd:
+            dot = DOTS[choice.instruction]
+            packed = winograd.winograd_weights(weight, tile.block, dot.group, dot.weight)
         else:
             dot = DOTS[choice.variant]
             packed = dot_weights(weight, layer.taps, tile.block, dot.group, dot.weight)
         inputs.append(self._constant(f"{node.name}.{choice.kind}", packed))
         zero_point, offset = node.int_attr("zero_point", 0), _offset(choice)
-        if layer.zero_point or offset:
+        if choice.winograd:
+            signed = DOTS[choice.instruction].data == "int16"
+            places = winograd.correction(weight, layer.activation_bits, signed, zero_point)
+            inputs.append(self._constant(f"{node.name}.correction", places))
+        elif layer.zero_point or offset:
             sums = weight.reshape(weight.shape[0], -1).astype(np.int64).sum(axis=1)
             correction = ((offset - zero_point) * sums).astype(np.int32)
             inputs.append(self._constant(f"{node.name}.correction", correction))
@@ -266,12 +273,13 @@ class _Lowering:
             kernel = kernels.lut_kernel(layer, plan.operands, outputs, tile, choice.variant)
         elif choice.variant == "multiply-add":
             kernel = kernels.grouped_kernel(layer, plan.operands, outputs, tile)
-        else:
-            product = int(np.abs(weight.astype(np.int64)).max(initial=0)) * (
-                2**layer.activation_bits - 1
+        elif choice.winograd:
+            kernel = kernels.winograd_kernel(
+                layer, plan.operands, outputs, tile, choice.instruction, choice.chunk
             )
+        else:
             kernel = kernels.dot_kernel(
-                layer, plan.operands, outputs, tile, choice.variant, product
+                layer, plan.operands, outputs, tile, choice.variant, choice.chunk
             )
         inputs += [self._operand(operand, layer.out_channels) for operand in plan.operands]
         names = [name for spec in specs for name in spec.names]
@@ -285,7 +293,8 @@ class _Lowering:
         bits, zero_point = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
         if choice.kind != "bitplane":
             source, dtype = self._value(value), "uint8"
-            wanted = DOTS[choice.variant].data if choice.variant in DOTS else "uint8"
+            direct = choice.variant in DOTS and not choice.winograd
+            wanted = DOTS[choice.variant].data if direct else "uint8"
             offset = _offset(choice)
             key = source
             if any(choice.pads) or wanted != dtype:
@@ -296,6 +305,8 @@ class _Lowering:
                     offset=offset,
                 )  # fmt: skip
                 self._call(kernel, [source], [key], value, "pad")
+            if choice.winograd:
+                return self._winograd_values(key, choice)
             return self._tables(key, layer) if choice.kind == "bitplane-lut" else key
         source = self._planes(value, shape, layer, bits)
         if not any(choice.pads):
@@ -320,6 +331,14 @@ class _Lowering:
             n, h, w, channels = layer.image
             kernel = kernels.expand_kernel(n * h * w, channels)
             self._call(kernel, [codes], [name], codes, "expand")
+        return name
+
+    def _winograd_values(self, codes: str, choice: Choice) -> str:
+        """Transformed codes of whole 2x2 tiles."""
+        kernel = kernels.winograd_image_kernel(choice.layer, choice.instruction, self.target)
+        name = f"{codes}.{WINOGRAD}{kernel.outputs[0].dtype}"
+        if name not in self.program.buffers:
+            self._call(kernel, [codes], [name], codes, "winograd")
         return name
 
     def _planes(self, value: str, shape: Shape, layer: Layer, bits: int) -> str:

@@ -6,22 +6,27 @@ from math import prod
 
 import numpy as np
 
+from mpqc import winograd
+from mpqc.accumulators import half_chunk
 from mpqc.compute import Window
 from mpqc.errors import UsageError
 from mpqc.graph import Array, Graph, Node, Precision
 from mpqc.kernels import (
+    WINOGRAD,
     Layer,
     Shape,
     bitplane_tile,
     dot_tile,
     flatten_pixels,
     grouped_tile,
-    half_steps,
     largest_divisor,
     lut_tile,
     popcount_instruction,
+    winograd_layer,
+    winograd_tile,
 )
 from mpqc.latency import Geometry, LatencyTable
+from mpqc.packing import dot_weights
 from mpqc.schedules.arm_intrinsics import most_product
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
@@ -46,6 +51,7 @@ class Choice:
         rates: multiply-accumulates a cycle that the model expects of each kernel.
         reason: why not the kernel that was asked for; empty when it is.
         chosen: what the choice rests on: "asked", "measured" or "model".
+        chunk: steps that an int8 kernel sums in int16; 0 where it does not.
     """
 
     kind: str
@@ -57,6 +63,16 @@ class Choice:
     rates: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     chosen: str = "model"
+    chunk: int = 0
+
+    @property
+    def winograd(self) -> bool:
+        return self.variant.startswith(WINOGRAD)
+
+    @property
+    def instruction(self) -> str:
+        """That multiplies, of an int8 kernel."""
+        return self.variant.removeprefix(WINOGRAD)
 
 
 @dataclass(frozen=True)
@@ -86,14 +102,19 @@ class Selector:
         weight = graph.constants[node.inputs[1]]
         asked = self.by_layer.get(node.name, "auto")
         asked = self.kernel if asked == "auto" else asked
-        variant = _int8_variant(layer, weight, self.target)
-        rates = expected_rates(layer, variant, self.target)
+        multiply = _int8_multiply(layer, weight, self.target)
+        rates = expected_rates(layer, multiply, self.target)
+        coded = _has_codes(node, weight)
+        if not coded:
+            rates = {"int8": rates["int8"]}
         kind, reason, chosen = asked, "", "asked"
         if asked == "auto":
             kind, chosen = self._fastest(table_geometry(node.op, layer, pads, source), layer, rates)
+        elif asked not in rates and not coded:
+            kind, reason = "int8", f"no {asked} kernel: its weights have no code of eight bits"
         elif asked not in rates:
             kind, reason = "bitplane", f"no {asked} kernel: {_no_lut(layer, self.target)}"
-        made = self._shaped(kind, layer, variant, pads, source)
+        made = self._shaped(kind, layer, multiply, pads, source)
         return replace(made, rates=rates, reason=reason, chosen=chosen)
 
     def _fastest(
@@ -107,10 +128,19 @@ class Selector:
                 return kind, "measured" if measured else "model"
         return max(rates, key=rates.__getitem__), "model"
 
-    def _shaped(self, kind: str, layer: Layer, variant: str, pads: Pads, source: Shape) -> Choice:
+    def _shaped(
+        self, kind: str, layer: Layer, multiply: "Multiply", pads: Pads, source: Shape
+    ) -> Choice:
         """The kernel's variant and tile."""
+        variant = multiply.variant
         if kind == "int8" and variant == "multiply-add":
             return Choice(kind, variant, layer, grouped_tile(layer, self.target), pads, source)
+        if kind == "int8" and variant.startswith(WINOGRAD):
+            tile = winograd_tile(layer, self.target, variant.removeprefix(WINOGRAD))
+            whole = winograd_layer(layer)
+            grown = (whole.image[1] - layer.image[1], whole.image[2] - layer.image[2])
+            pads = (*pads[:2], pads[2] + grown[0], pads[3] + grown[1])
+            return Choice(kind, variant, whole, tile, pads, source, chunk=multiply.chunk)
         shaped = flatten_pixels(layer, 14)
         if kind == "bitplane":
             tile = bitplane_tile(shaped, self.target)
@@ -121,23 +151,108 @@ class Selector:
             how = lookup_of(self.target.arch, tile.lanes)
             return Choice(kind, how, shaped, tile, pads, source)
         tile = dot_tile(shaped, self.target, variant)
-        return Choice(kind, variant, shaped, tile, pads, source)
+        return Choice(kind, variant, shaped, tile, pads, source, chunk=multiply.chunk)
 
 
-def _int8_variant(layer: Layer, weight: Array, target: Target) -> str:
+@dataclass(frozen=True)
+class Multiply:
+    """How the int8 kernel multiplies.
+
+    Attributes:
+        variant: instruction, behind ``WINOGRAD`` if it multiplies transformed tiles.
+        rate: expected multiply-accumulates of the layer a cycle.
+        chunk: steps of four products that int16 sums, where it does.
+    """
+
+    variant: str
+    rate: float
+    chunk: int = 0
+
+
+def _has_codes(node: Node, weight: Array) -> bool:
+    """Whether the weights are what codes of their width stand for: planes hold codes.
+
+    Unsigned weights of other tools reach beyond, their zero point taken off.
+    """
+    if node.str_attr("weight_levels") == "odd" or not weight.size:
+        return True
+    half = 2 ** (node.int_attr("weight_bits") - 1)
+    return bool(-half <= weight.min() and weight.max() < half)
+
+
+def _int8_multiply(layer: Layer, weight: Array, target: Target) -> Multiply:
+    """The fastest way that is exact for these weights."""
+    variant, chunk = _direct_variant(layer, weight, target)
+    direct = Multiply(variant, _direct_rate(layer, variant, chunk, target), chunk)
+    return max([direct, *_winograd_multiplies(layer, weight, target)], key=lambda found: found.rate)
+
+
+def _winograd_multiplies(layer: Layer, weight: Array, target: Target) -> list[Multiply]:
+    """Winograd variants that are exact: no sum leaves its integer type, whatever the codes."""
+    w, channels = layer.window, layer.image[3]
+    plain = (w.kh, w.kw, w.sy, w.sx, w.dy, w.dx) == (3, 3, 1, 1, 1, 1) and layer.groups == 1
+    if target.arch != "x86_64" or not plain or channels % 4 or weight.ndim != 4:
+        return []
+    transformed = winograd.transform_weights(weight)
+    found: list[tuple[str, int]] = []
+    bits, width = layer.activation_bits, target.vector_bits
+    words = winograd.bounds(transformed, bits, signed=True)
+    if words.total < 2**31 and words.weight < 2**15:
+        found.append((f"vpmaddwd{width}", 0))
+    narrow = winograd.bounds(transformed, bits, signed=False)
+    if narrow.total < 2**31 and narrow.weight <= 127 and narrow.image <= 255:
+        if target.has("vnni"):
+            found.append(("vpdpbusd512", 0))
+        elif chunk := winograd.half_chunk(weight, bits):
+            found.append((f"vpmaddubsw{width}", chunk))
+    return [
+        Multiply(WINOGRAD + name, _winograd_rate(layer, name, chunk, target), chunk)
+        for name, chunk in found
+    ]
+
+
+_STREAM = 7.0  # bytes of weights a cycle that one core reads
+WORTH_WINOGRAD = 1.15  # times the speed that pay for weights of up to 3.6 times the size
+# Cycles of 256-bit vectors, a 2x2 tile: output transform by channel, input transform by channel.
+_WINOGRAD_OUTPUT, _WINOGRAD_IMAGE = 1.7, 2.0
+
+
+def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target) -> float:
+    w, inside, out = layer.window, layer.image[3], layer.out_channels
+    filled = w.oh * w.ow / (4 * -(-w.oh // 2) * -(-w.ow // 2))
+    wide = 256 / target.vector_bits
+    inner = 16 * inside * out / _multiply_rate(name, chunk)
+    around = wide * (_WINOGRAD_OUTPUT * out + _WINOGRAD_IMAGE * inside)
+    lanes = min(1.0, out / (target.vector_bits / 32))
+    rate = 36 * inside * out * filled * lanes / (inner + around)
+    stored = 16 * inside * out * (2 if DOTS[name].weight == "int16" else 1)
+    return _streamed(rate, layer, stored / 2)  # prefetched, or two positions apart
+
+
+def _streamed(rate: float, layer: Layer, stored: float) -> float:
+    """The rate when all the weights come from beyond L2, as they do inside of a network."""
+    return 1 / (1 / rate + stored / (_STREAM * prod(layer.out_shape) * layer.reduction))
+
+
+def _direct_variant(layer: Layer, weight: Array, target: Target) -> tuple[str, int]:
+    """Instruction of the kernel without transforms, and the steps that it sums in int16."""
     fits = weight.min(initial=0) >= -128 and weight.max(initial=0) <= 127
-    largest = int(np.abs(weight.astype(np.int64)).max(initial=0))
     if layer.groups > 1:
-        return "multiply-add"
+        return "multiply-add", 0
     if target.has("vnni") and fits:
-        return "vpdpbusd512"
+        return "vpdpbusd512", 0
     if target.arch != "x86_64":
-        return _neon_variant(layer, largest, target) if fits else "multiply-add"
-    steps = half_steps(largest * (2**layer.activation_bits - 1))
-    run = -(-layer.run_pixels * layer.image[3] // 4)
-    if fits and steps and largest_divisor(run, steps) >= min(run, WORTH_HALVES):
-        return f"vpmaddubsw{target.vector_bits}"
-    return f"vpmaddwd{target.vector_bits}"
+        largest = int(np.abs(weight.astype(np.int64)).max(initial=0))
+        return _neon_variant(layer, largest, target) if fits else "multiply-add", 0
+    if fits:
+        runs = weight.reshape(*weight.shape, 1, 1) if weight.ndim == 2 else weight
+        if weight.ndim == 2:
+            runs = runs.swapaxes(0, 1)
+        steps = dot_weights(runs, layer.taps, 1, 4, "int16")
+        chunk = half_chunk(steps[..., 0, :], 2**layer.activation_bits - 1)
+        if chunk >= min(steps.shape[3], WORTH_HALVES):
+            return f"vpmaddubsw{target.vector_bits}", chunk
+    return f"vpmaddwd{target.vector_bits}", 0
 
 
 def _neon_variant(layer: Layer, largest: int, target: Target) -> str:
@@ -200,35 +315,51 @@ def _core(target: Target) -> _Core:
 # popcount of one plane pair, by vector unit; the int8 kernels by instruction.
 _POPCOUNT = {"bitalg": 215.0, "avx512": 130.0, "avx2": 115.0, "ssse3": 45.0}
 _INT8 = {
-    "vpdpbusd512": 62.0, "vpmaddubsw512": 60.0, "vpmaddubsw256": 40.0, "vpmaddubsw128": 20.0,
-    "vpmaddwd512": 40.0, "vpmaddwd256": 23.0, "vpmaddwd128": 11.0, "multiply-add": 6.0,
+    "vpdpbusd512": 62.0, "vpmaddubsw512": 66.0, "vpmaddubsw256": 49.0, "vpmaddubsw128": 24.0,
+    "vpmaddwd512": 40.0, "vpmaddwd256": 24.5, "vpmaddwd128": 12.0, "multiply-add": 6.0,
 }  # fmt: skip
 
 
-_SHUFFLE = {256: 172.0, 128: 86.0}  # products a cycle of vpshufb + vpaddb for one weight plane
+_SHUFFLE = {256: 178.0, 128: 89.0}  # products a cycle of vpshufb + vpaddb for one weight plane
 MOST_LUT_BITS = 6
-WORTH_HALVES = 8  # steps of int16 sums that pay for the widening
+WORTH_HALVES = 4  # steps of int16 sums that pay for the widening
+HALF_FLUSH = 2.0  # steps that one widening costs
 
 
-def expected_rates(layer: Layer, variant: str, target: Target) -> dict[str, float]:
+def _multiply_rate(variant: str, chunk: int) -> float:
+    """Of an x86 instruction, widening included."""
+    return _INT8[variant] * (chunk / (chunk + HALF_FLUSH) if chunk else 1.0)
+
+
+def _direct_rate(layer: Layer, variant: str, chunk: int, target: Target) -> float:
+    """Multiply-accumulates a cycle of the int8 kernel without transforms."""
+    if target.arch == "x86_64":
+        multiply = _multiply_rate(variant, chunk)
+    else:
+        core = _core(target)
+        known = {name: core.int8.get(name) for name in (variant, variant.partition("-")[0])}
+        multiply = next(filter(None, known.values()), core.int8["multiply-add"])
+    int8 = multiply * min(1.0, layer.out_channels / (target.vector_bits / 32))
+    if target.arch == "x86_64":
+        wide = 2 if variant in DOTS and DOTS[variant].weight == "int16" else 1
+        return _streamed(int8, layer, layer.out_channels * layer.reduction * wide)
+    if variant in DOTS:  # runs are filled up to whole steps
+        run = layer.run_pixels * layer.image[3]
+        int8 *= run / (-(-run // DOTS[variant].group) * DOTS[variant].group)
+    return int8
+
+
+def expected_rates(layer: Layer, multiply: Multiply, target: Target) -> dict[str, float]:
     """Multiply-accumulates a cycle of each kernel: the model where nothing was measured."""
     if target.arch == "x86_64":
         popcount = _POPCOUNT[next((name for name in _POPCOUNT if target.has(name)), "ssse3")]
-        multiply = _INT8[variant]
     else:
-        core = _core(target)
-        popcount = core.popcount
-        known = {name: core.int8.get(name) for name in (variant, variant.partition("-")[0])}
-        multiply = next(filter(None, known.values()), core.int8["multiply-add"])
+        popcount = _core(target).popcount
     filled = layer.group_in / (8 * layer.group_bytes)  # bits of a byte that carry a channel
     lanes_used = min(1.0, layer.group_out / (target.vector_bits / 8))
     pairs = layer.weight_bits * layer.activation_bits
     bitplane = popcount * filled * max(lanes_used, 1 / 64) / pairs
-    int8 = multiply * min(1.0, layer.out_channels / (target.vector_bits / 32))
-    if variant in DOTS and target.arch != "x86_64":  # runs are filled up to whole steps
-        run = layer.run_pixels * layer.image[3]
-        int8 *= run / (-(-run // DOTS[variant].group) * DOTS[variant].group)
-    rates = {"bitplane": bitplane, "int8": int8}
+    rates = {"bitplane": bitplane, "int8": multiply.rate}
     if not _no_lut(layer, target):
         rates["bitplane-lut"] = _lut_rate(layer, target)
     return rates
@@ -259,9 +390,14 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     filled = layer.out_channels / (-(-layer.out_channels // lanes) * lanes)
     rate *= used * max(filled, 1 / lanes)
     taps = layer.window.kh * layer.window.kw / (layer.window.sy * layer.window.sx)
-    making = _core(target).table if arm else 8.0
+    making = _core(target).table if arm else 2.5
     table = making / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
-    return 1 / (1 / rate + table)
+    rate = 1 / (1 / rate + table)
+    return (
+        rate
+        if arm
+        else _streamed(rate, layer, layer.weight_bits * layer.out_channels * layer.reduction / 4)
+    )
 
 
 def geometry(graph: Graph, node: Node) -> tuple[Layer, Pads, Shape]:

@@ -14,7 +14,8 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from mpqc.schedules.arm_intrinsics import register_popcount
-from mpqc.schedules.dot_intrinsics import register_dot, register_halves
+from mpqc.schedules.dot_intrinsics import register_dot, register_flush, register_halves
+from mpqc.schedules.llvm_intrinsics import products_first
 from mpqc.schedules.lut_intrinsics import register_lookup
 
 EPILOGUE_LANES = 16  # float32 lanes of an epilogue vector: one zmm, two ymm, four NEON registers
@@ -52,7 +53,7 @@ def _outer(sch: Schedule, acc: Any, tile: Tile, threads: bool) -> tuple[Any, lis
     return x_tile, [pixel, vector, lane, *reduction]
 
 
-def _epilogue(sch: Schedule, names: Sequence[str], at: Any, channels: int) -> None:
+def compute_epilogue(sch: Schedule, names: Sequence[str], at: Any, channels: int) -> None:
     """Compute the named stages, in dataflow order, at the tile; no vector straddles the end."""
     for name in names:
         sch.reverse_compute_at(sch.get_sblock(name), at, preserve_unit_loops=True)
@@ -74,7 +75,7 @@ def bitplane_conv(
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
     at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, threads)
     sch.reorder(j, i, pixel, vector, lane)
-    _epilogue(sch, epilogue, at, channels)
+    compute_epilogue(sch, epilogue, at, channels)
 
     sch.compute_at(pair, i, preserve_unit_loops=True)
     _, _, pair_pixel, _, _, _, pair_lanes, ky, kx, c = sch.get_loops(pair)[-10:]
@@ -112,7 +113,7 @@ def popcount_conv(
     acc, pair = sch.get_sblock("acc"), sch.get_sblock("pair")
     at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, threads)
     sch.reorder(j, i, pixel, vector, lane)
-    _epilogue(sch, epilogue, at, channels)
+    compute_epilogue(sch, epilogue, at, channels)
 
     sch.compute_at(pair, i, preserve_unit_loops=True)
     _, _, pair_pixel, _, _, _, pair_lanes, ky, kx, r, u = sch.get_loops(pair)[-11:]
@@ -121,7 +122,7 @@ def popcount_conv(
     for loop in (pixel, vector, pair_pixel, pair_vector):
         sch.unroll(loop)
     sch.vectorize(lane)
-    _vectorize_init(sch, sch.decompose_reduction(pair, ky))
+    vectorize_init(sch, sch.decompose_reduction(pair, ky))
     sch.decompose_reduction(acc, j)
     sch.tensorize(pair_lane, register_popcount(instruction))
 
@@ -139,7 +140,7 @@ def lut_conv(
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
     at, (pixel, vector, lane, j) = _outer(sch, acc, tile, threads)
     sch.reorder(j, pixel, vector, lane)
-    _epilogue(sch, epilogue, at, channels)
+    compute_epilogue(sch, epilogue, at, channels)
 
     sch.compute_at(pair, j, preserve_unit_loops=True)
     pair_pixel, _, _, pair_lanes, ky, kx, c = sch.get_loops(pair)[-7:]
@@ -156,14 +157,41 @@ def lut_conv(
         sch.unroll(column)
         sch.vectorize(vec)
     sch.unroll(part_pixel)
-    sch.unroll(part_vector)
-    _vectorize_init(sch, sch.decompose_reduction(part, t))
+    vectorize_init(sch, sch.decompose_reduction(part, t))
     sch.decompose_reduction(pair, ky)
     sch.decompose_reduction(acc, j)
-    sch.tensorize(part_lane, register_lookup(instruction))
+    covered, abreast = pair_vectors(
+        sch, instruction, part_vector, part_lane, tile.vectors, at, f"uint8x{tile.lanes}"
+    )
+    sch.tensorize(covered, register_lookup(instruction, abreast))
 
 
-def _vectorize_init(sch: Schedule, init: Any) -> None:
+def pair_vectors(
+    sch: Schedule, instruction: str, vector: Any, lane: Any, vectors: int, at: Any, kind: str
+) -> tuple[Any, int]:
+    """Loop over the lanes that one intrinsic covers, and its vectors.
+
+    Args:
+        sch: schedule.
+        instruction: that the intrinsic stands for.
+        vector: loop over the vectors of a tile.
+        lane: loop over the lanes of a vector, inside of it.
+        vectors: extent of ``vector``.
+        at: loop around the tile.
+        kind: type of the vector that products are added to.
+    """
+    abreast = 2 if instruction.startswith("vp") and vectors % 2 == 0 else 1
+    if abreast == 1:
+        sch.unroll(vector)
+        return lane, 1
+    outer, inner = sch.split(vector, [None, 2])
+    sch.unroll(outer)
+    products_first(sch, at, kind)
+    return sch.fuse(inner, lane), 2
+
+
+def vectorize_init(sch: Schedule, init: Any) -> None:
+    """Clear a tile of accumulators a vector at a time."""
     *_, pixel, vector, lane = sch.get_loops(init)
     sch.unroll(pixel)
     sch.unroll(vector)
@@ -183,11 +211,13 @@ def dot_conv(
     acc = sch.get_sblock("acc")
     at, (pixel, vector, lane, ky, kx, r, u) = _outer(sch, acc, tile, threads)
     sch.reorder(ky, kx, r, pixel, vector, lane, u)
-    _epilogue(sch, epilogue, at, channels)
+    compute_epilogue(sch, epilogue, at, channels)
     sch.unroll(pixel)
-    sch.unroll(vector)
-    _vectorize_init(sch, sch.decompose_reduction(acc, ky))
-    sch.tensorize(lane, register_dot(instruction))
+    vectorize_init(sch, sch.decompose_reduction(acc, ky))
+    covered, abreast = pair_vectors(
+        sch, instruction, vector, lane, tile.vectors, at, f"int32x{tile.lanes}"
+    )
+    sch.tensorize(covered, register_dot(instruction, abreast, 0))
 
 
 def half_conv(
@@ -200,26 +230,28 @@ def half_conv(
     threads: bool = True,
 ) -> None:
     """Products summed in int16 for as long as the bound allows, then widened."""
-    step, flush = register_halves(instruction)
     acc, part = sch.get_sblock("acc"), sch.get_sblock("part")
     at, (pixel, vector, lane, ky, kx, c, half) = _outer(sch, acc, tile, threads)
     sch.reorder(ky, kx, c, pixel, vector, lane, half)
-    _epilogue(sch, epilogue, at, channels)
+    compute_epilogue(sch, epilogue, at, channels)
 
     sch.compute_at(part, c, preserve_unit_loops=True)
     part_pixel, *_, part_lanes, part_half, r, u = sch.get_loops(part)[-9:]
     part_vector, part_lane = sch.split(part_lanes, [tile.vectors, tile.lanes])
     sch.reorder(r, part_pixel, part_vector, part_lane, part_half, u)
-    for loop in (pixel, vector, part_pixel, part_vector):
+    for loop in (pixel, vector, part_pixel):
         sch.unroll(loop)
     init = sch.decompose_reduction(part, r)
     *_, init_pixel, init_vector, init_lane, init_half = sch.get_loops(init)
     sch.unroll(init_pixel)
     sch.unroll(init_vector)
     sch.vectorize(sch.fuse(init_lane, init_half))
-    _vectorize_init(sch, sch.decompose_reduction(acc, ky))
-    sch.tensorize(part_lane, step)
-    sch.tensorize(lane, flush)
+    vectorize_init(sch, sch.decompose_reduction(acc, ky))
+    covered, abreast = pair_vectors(
+        sch, instruction, part_vector, part_lane, tile.vectors, at, f"int16x{2 * tile.lanes}"
+    )
+    sch.tensorize(covered, register_halves(instruction, abreast, 0))
+    sch.tensorize(lane, register_flush(instruction))
 
 
 def grouped_conv(
@@ -229,7 +261,7 @@ def grouped_conv(
     acc = sch.get_sblock("acc")
     at, (pixel, vector, lane, ky, kx, c) = _outer(sch, acc, tile, threads)
     sch.reorder(ky, kx, c, pixel, vector, lane)
-    _epilogue(sch, epilogue, at, channels)
+    compute_epilogue(sch, epilogue, at, channels)
     sch.unroll(pixel)
     sch.unroll(vector)
     sch.vectorize(lane)

@@ -11,7 +11,12 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
 from mpqc.schedules import arm_intrinsics
-from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
+from mpqc.schedules.llvm_intrinsics import (
+    add_products,
+    llvm_intrinsic,
+    prefetch,
+    store,
+)
 
 
 @dataclass(frozen=True)
@@ -99,18 +104,23 @@ DOTS: dict[str, Dot] = {
 
 
 @cache
-def register_dot(name: str) -> str:
-    """Register the intrinsic with TVM once; return the name that ``tensorize`` takes."""
+def register_dot(name: str, vectors: int, ahead: int) -> str:
+    """Register the intrinsic with TVM once; return the name that ``tensorize`` takes.
+
+    ``ahead``: as for ``llvm_intrinsics.prefetch``.
+    """
     dot = DOTS[name]
     folded = (
         arm_intrinsics.long_dot(dot.group, dot.chain, dot.data, dot.llvm) if dot.chain else None
     )
-    TensorIntrin.register(f"mpqc.{name}", _meaning(dot), folded or _instruction(dot))
-    return f"mpqc.{name}"
+    symbol = f"mpqc.{name}.{vectors}.{ahead}"
+    made = folded or _instruction(dot, vectors, ahead)
+    TensorIntrin.register(symbol, _meaning(dot, vectors), made)
+    return symbol
 
 
-def _meaning(dot: Dot) -> Any:
-    lanes, group, data, weight = dot.lanes, dot.group, dot.data, dot.weight
+def _meaning(dot: Dot, vectors: int) -> Any:
+    lanes, group, data, weight = vectors * dot.lanes, dot.group, dot.data, dot.weight
 
     @T.prim_func(s_tir=True)
     def meaning(
@@ -129,92 +139,113 @@ def _meaning(dot: Dot) -> Any:
     return meaning
 
 
-def _instruction(dot: Dot) -> Any:
+def _instruction(dot: Dot, vectors: int, ahead: int) -> Any:
     lanes, group, data, weight = dot.lanes, dot.group, dot.data, dot.weight
+    total, places = vectors * lanes, [[v * lanes] for v in range(vectors)]
     vector, wide, broadcast = f"int32x{lanes}", lanes * group, f"{data}x{group}"
 
-    def product(a: Any, b: Any, c: Any) -> Any:
-        intrinsic = llvm_intrinsic(dot.llvm)
+    def spread(a: Any) -> Any:
         word = T.broadcast(T.reinterpret(a, dtype="int32"), lanes)
-        spread = T.reinterpret(word, dtype=f"{data}x{wide}")
-        if dot.accumulates:
-            return T.call_llvm_pure_intrin(intrinsic, c, spread, b, dtype=vector)
-        return c + T.call_llvm_pure_intrin(intrinsic, spread, b, dtype=vector)
+        return T.reinterpret(word, dtype=f"{data}x{wide}")
+
+    def product(a: Any, b: Any) -> Any:
+        return T.call_llvm_pure_intrin(llvm_intrinsic(dot.llvm), spread(a), b, dtype=vector)
+
+    def update(A: Any, B: Any, C: Any) -> None:  # noqa: N803
+        data_of = A.vload([0], broadcast)
+        weights = [B.vload([*place, 0], f"{weight}x{wide}") for place in places]
+        prefetch(B, [0, 0], ahead)
+        if not dot.accumulates:
+            products = [product(data_of, w) for w in weights]
+            add_products(C, vector, places, products)
+            return
+        for place, w in zip(places, weights, strict=True):
+            intrinsic, c = llvm_intrinsic(dot.llvm), C.vload(place, vector)
+            value = T.call_llvm_pure_intrin(intrinsic, c, spread(data_of), w, dtype=vector)
+            store(C, place, value)
 
     @T.prim_func(s_tir=True)
     def instruction(
         A: T.Buffer((group,), data, offset_factor=1),  # noqa: N803
-        B: T.Buffer((lanes, group), weight, offset_factor=1),  # noqa: N803
-        C: T.Buffer((lanes,), "int32", offset_factor=1),  # noqa: N803
+        B: T.Buffer((total, group), weight, offset_factor=1),  # noqa: N803
+        C: T.Buffer((total,), "int32", offset_factor=1),  # noqa: N803
     ) -> None:
         with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:group], B[0:lanes, 0:group])
-            T.writes(C[0:lanes])
-            C.vstore(
-                [0],
-                product(
-                    A.vload([0], broadcast),
-                    B.vload([0, 0], f"{weight}x{wide}"),
-                    C.vload([0], vector),
-                ),
-            )
+            T.reads(C[0:total], A[0:group], B[0:total, 0:group])
+            T.writes(C[0:total])
+            update(A, B, C)
 
     return instruction
 
 
 @cache
-def register_halves(name: str) -> tuple[str, str]:
-    """Register an int16-accumulating instruction and its flush; return both names."""
-    dot = DOTS[name]
-    TensorIntrin.register(f"mpqc.{name}", *_halves(dot))
-    TensorIntrin.register(f"mpqc.{name}.flush", *_flush(dot))
-    return f"mpqc.{name}", f"mpqc.{name}.flush"
+def register_halves(name: str, vectors: int, ahead: int) -> str:
+    """Register an int16-accumulating instruction; return its name.
+
+    ``ahead``: as for ``llvm_intrinsics.prefetch``.
+    """
+    symbol = f"mpqc.{name}.{vectors}.{ahead}"
+    TensorIntrin.register(symbol, *_halves(DOTS[name], vectors, ahead))
+    return symbol
 
 
-def _halves(dot: Dot) -> tuple[Any, Any]:
+@cache
+def register_flush(name: str) -> str:
+    """Register what adds the int16 sums of an instruction to int32; return its name."""
+    TensorIntrin.register(f"mpqc.{name}.flush", *_flush(DOTS[name]))
+    return f"mpqc.{name}.flush"
+
+
+@cache
+def register_widening(name: str) -> str:
+    """Register the flush that stores instead of adding; return its name."""
+    TensorIntrin.register(f"mpqc.{name}.widen", *_widening(DOTS[name]))
+    return f"mpqc.{name}.widen"
+
+
+def _halves(dot: Dot, vectors: int, ahead: int) -> tuple[Any, Any]:
     """``C[i, h] += A[2h] * B[i, 2h] + A[2h+1] * B[i, 2h+1]`` in int16: meaning and instruction."""
     lanes, wide = dot.lanes, 4 * dot.lanes
+    total, places = vectors * lanes, [[v * lanes, 0] for v in range(vectors)]
     vector = f"int16x{2 * lanes}"
 
     @T.prim_func(s_tir=True)
     def meaning(
         A: T.Buffer((4,), "uint8", offset_factor=1),  # noqa: N803
-        B: T.Buffer((lanes, 4), "int8", offset_factor=1),  # noqa: N803
-        C: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+        B: T.Buffer((total, 4), "int8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((total, 2), "int16", offset_factor=1),  # noqa: N803
     ) -> None:
         with T.sblock("root"):
-            T.reads(C[0:lanes, 0:2], A[0:4], B[0:lanes, 0:4])
-            T.writes(C[0:lanes, 0:2])
-            for i, h, k in T.grid(lanes, 2, 2):
+            T.reads(C[0:total, 0:2], A[0:4], B[0:total, 0:4])
+            T.writes(C[0:total, 0:2])
+            for i, h, k in T.grid(total, 2, 2):
                 with T.sblock("update"):
                     vi, vh, vk = T.axis.remap("SSR", [i, h, k])
                     C[vi, vh] = C[vi, vh] + T.cast(A[vh * 2 + vk], "int16") * T.cast(
                         B[vi, vh * 2 + vk], "int16"
                     )
 
-    def product(a: Any, b: Any, c: Any) -> Any:
+    def product(a: Any, b: Any) -> Any:
         word = T.broadcast(T.reinterpret(a, dtype="int32"), lanes)
         spread = T.reinterpret(word, dtype=f"uint8x{wide}")
-        intrinsic = llvm_intrinsic(dot.llvm)
-        return c + T.call_llvm_pure_intrin(intrinsic, spread, b, dtype=vector)
+        return T.call_llvm_pure_intrin(llvm_intrinsic(dot.llvm), spread, b, dtype=vector)
+
+    def update(A: Any, B: Any, C: Any) -> None:  # noqa: N803
+        data = A.vload([0], "uint8x4")
+        products = [product(data, B.vload(place, f"int8x{wide}")) for place in places]
+        prefetch(B, [0, 0], ahead)
+        add_products(C, vector, places, products)
 
     @T.prim_func(s_tir=True)
     def instruction(
         A: T.Buffer((4,), "uint8", offset_factor=1),  # noqa: N803
-        B: T.Buffer((lanes, 4), "int8", offset_factor=1),  # noqa: N803
-        C: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+        B: T.Buffer((total, 4), "int8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((total, 2), "int16", offset_factor=1),  # noqa: N803
     ) -> None:
         with T.sblock("root"):
-            T.reads(C[0:lanes, 0:2], A[0:4], B[0:lanes, 0:4])
-            T.writes(C[0:lanes, 0:2])
-            C.vstore(
-                [0, 0],
-                product(
-                    A.vload([0], "uint8x4"),
-                    B.vload([0, 0], f"int8x{wide}"),
-                    C.vload([0, 0], vector),
-                ),
-            )
+            T.reads(C[0:total, 0:2], A[0:4], B[0:total, 0:4])
+            T.writes(C[0:total, 0:2])
+            update(A, B, C)
 
     return meaning, instruction
 
@@ -250,5 +281,40 @@ def _flush(dot: Dot) -> tuple[Any, Any]:
             T.reads(C[0:lanes], P[0:lanes, 0:2])
             T.writes(C[0:lanes])
             C.vstore([0], C.vload([0], vector) + widened(P.vload([0, 0], narrow)))
+
+    return meaning, instruction
+
+
+def _widening(dot: Dot) -> tuple[Any, Any]:
+    """``C[i] = P[i, 0] + P[i, 1]``, int16 to int32: meaning and instruction."""
+    lanes = dot.lanes
+    narrow, vector = f"int16x{2 * lanes}", f"int32x{lanes}"
+
+    @T.prim_func(s_tir=True)
+    def meaning(
+        P: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "int32", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(P[0:lanes, 0:2])
+            T.writes(C[0:lanes])
+            for i in T.serial(lanes):
+                with T.sblock("update"):
+                    vi = T.axis.remap("S", [i])
+                    C[vi] = T.cast(P[vi, 0], "int32") + T.cast(P[vi, 1], "int32")
+
+    def widened(p: Any) -> Any:
+        ones = T.broadcast(T.int16(1), 2 * lanes)
+        return T.call_llvm_pure_intrin(llvm_intrinsic(dot.flush), p, ones, dtype=vector)
+
+    @T.prim_func(s_tir=True)
+    def instruction(
+        P: T.Buffer((lanes, 2), "int16", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "int32", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(P[0:lanes, 0:2])
+            T.writes(C[0:lanes])
+            C.vstore([0], widened(P.vload([0, 0], narrow)))
 
     return meaning, instruction

@@ -12,7 +12,7 @@ from typing import Any
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
+from mpqc.schedules.llvm_intrinsics import add_products, llvm_intrinsic
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ _SEEN = 9  # entries 0..8 are those that the meaning reads; the instruction load
 
 
 @cache
-def register_lookup(name: str) -> str:
+def register_lookup(name: str, vectors: int) -> str:
     """Register the intrinsic with TVM once; return the name that ``tensorize`` takes."""
-    lookup = LOOKUPS[name]
-    TensorIntrin.register(f"mpqc.{name}", _meaning(lookup.lanes), _instruction(lookup))
-    return f"mpqc.{name}"
+    lookup, symbol = LOOKUPS[name], f"mpqc.{name}.{vectors}"
+    TensorIntrin.register(symbol, _meaning(vectors * lookup.lanes), _instruction(lookup, vectors))
+    return symbol
 
 
 def _meaning(lanes: int) -> Any:
@@ -71,8 +71,9 @@ def _meaning(lanes: int) -> Any:
     return meaning
 
 
-def _instruction(lookup: Lookup) -> Any:
+def _instruction(lookup: Lookup, vectors: int) -> Any:
     lanes, vector = lookup.lanes, f"uint8x{lookup.lanes}"
+    total, places = vectors * lanes, [[v * lanes] for v in range(vectors)]
 
     def picked(table: Any, nibbles: Any) -> Any:
         intrinsic = llvm_intrinsic(lookup.llvm)
@@ -80,17 +81,20 @@ def _instruction(lookup: Lookup) -> Any:
             table = T.Shuffle([table] * (lanes // 16), [T.int32(i) for i in range(lanes)])
         return T.call_llvm_pure_intrin(intrinsic, table, nibbles, dtype=vector)
 
+    def update(A: Any, B: Any, C: Any) -> None:  # noqa: N803
+        table = A.vload([0], "uint8x16")
+        entries = [picked(table, B.vload(place, vector)) for place in places]
+        add_products(C, vector, places, entries)
+
     @T.prim_func(s_tir=True)
     def instruction(
         A: T.Buffer((_SEEN,), "uint8", offset_factor=1),  # noqa: N803
-        B: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
-        C: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
+        B: T.Buffer((total,), "uint8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((total,), "uint8", offset_factor=1),  # noqa: N803
     ) -> None:
         with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:_SEEN], B[0:lanes])
-            T.writes(C[0:lanes])
-            C.vstore(
-                [0], C.vload([0], vector) + picked(A.vload([0], "uint8x16"), B.vload([0], vector))
-            )
+            T.reads(C[0:total], A[0:_SEEN], B[0:total])
+            T.writes(C[0:total])
+            update(A, B, C)
 
     return instruction

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from mpqc import compute, kernels, numerics, packing
+from mpqc import accumulators, compute, kernels, numerics, packing, winograd
 from mpqc.compute import Window
 from mpqc.graph import Array
 from mpqc.kernels import Kernel, Layer, Operand, Output
@@ -44,10 +44,15 @@ class Case:
         )  # fmt: skip
 
     @property
-    def largest_product(self) -> int:
-        """Of any code by any weight."""
-        weight = 2**self.weight_bits - 1 if self.levels == "odd" else 2 ** (self.weight_bits - 1)
-        return int(weight * (2**self.activation_bits - 1))
+    def worst_weights(self) -> list[Array]:
+        """All weights the largest, and all the smallest."""
+        return [replace(self, extreme=extreme).weights() for extreme in ("most", "least")]
+
+    def chunk(self, taps: int) -> int:
+        """Steps that int16 sums whatever the weights, 0 if there are none."""
+        top = 2**self.activation_bits - 1
+        steps = [packing.dot_weights(w, taps, 1, 4, "int16") for w in self.worst_weights]
+        return min(accumulators.half_chunk(w[..., 0, :], top) for w in steps)
 
     def codes(self) -> Array:
         """uint8 [N, H, W, C]."""
@@ -98,7 +103,7 @@ class Built:
     kernel: Kernel
     library: Any
     sums: Any  # library of the window sums that odd levels need, or None
-    tables: Any  # library that expands codes to the tables of the lookup kernel, or None
+    tables: Any  # library that makes what the kernel reads from codes, or None
     block: int
     taps: int
 
@@ -150,11 +155,19 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         tile = kernels.grouped_tile(layer, target)
         outputs.append(coded(False))
         kernel = kernels.grouped_kernel(layer, operands, outputs, tile)
+    elif kind.startswith(kernels.WINOGRAD):
+        how = kind.removeprefix(kernels.WINOGRAD)
+        layer = kernels.winograd_layer(layer)
+        tile = kernels.winograd_tile(layer, target, how)
+        outputs.append(coded(packs and tile.block % 8 == 0))
+        chunk = min(winograd.half_chunk(w, case.activation_bits) for w in case.worst_weights)
+        kernel = kernels.winograd_kernel(layer, operands, outputs, tile, how, chunk)
+        tables = compiled(kernels.winograd_image_kernel(layer, how, target), target)
     else:
         layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.dot_tile(layer, target, kind)
         outputs.append(coded(packs and tile.block % 8 == 0))
-        kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind, case.largest_product)
+        kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind, case.chunk(layer.taps))
     return Built(kernel, compiled(kernel, target), sums, tables, tile.block, layer.taps)
 
 
@@ -210,6 +223,13 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         stored = numerics.weight_codes(weight, case.weight_bits, case.levels)
         packed = packing.lut_weights(stored, case.weight_bits, built.taps, built.block)
         data = np.zeros(built.kernel.inputs[0].shape, np.uint8)
+    elif kind.startswith(kernels.WINOGRAD):
+        dot = DOTS[kind.removeprefix(kernels.WINOGRAD)]
+        packed = winograd.winograd_weights(weight, built.block, dot.group, dot.weight)
+        data = np.zeros(built.kernel.inputs[0].shape, dot.data)
+        after = kernels.winograd_layer(layer).image
+        grown = [(0, 0), (0, after[1] - layer.image[1]), (0, after[2] - layer.image[2]), (0, 0)]
+        codes = np.pad(codes, grown, constant_values=2**case.activation_bits - 1)
     elif kind == "multiply-add":
         data, packed = codes, packing.grouped_weights(weight, built.block)
     else:
@@ -220,7 +240,11 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
     arguments = [tensor(data.reshape(built.kernel.inputs[0].shape)), tensor(packed)]
     if built.tables is not None:
         built.tables["main"](tensor(codes.reshape(-1)), arguments[0])
-    if case.zero_point or offset:
+    if kind.startswith(kernels.WINOGRAD):
+        signed = dot.data == "int16"
+        places = winograd.correction(weight, case.activation_bits, signed, case.zero_point)
+        arguments.append(tensor(places))
+    elif case.zero_point or offset:
         sums = weight.reshape(case.out, -1).astype(np.int64).sum(axis=1)
         arguments.append(tensor(((offset - case.zero_point) * sums).astype(np.int32)))
     if built.sums is not None:

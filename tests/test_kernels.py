@@ -51,7 +51,7 @@ def fits(kind: str, case: Case) -> bool:
     bytes_alone = DOTS[kind].weight == "int8"
     if bytes_alone and case.levels == "odd" and case.weight_bits == 8:
         return False
-    return not DOTS[kind].halves or kernels.half_steps(case.largest_product) > 0
+    return not DOTS[kind].halves or case.chunk(case.layer.taps) > 0
 
 
 def check(case: Case, kind: str, target: Target) -> None:

@@ -27,6 +27,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "mpqc/boards/rpc.py",
         "mpqc/build.py",
         "mpqc/compute.py",
+        "mpqc/compute_winograd.py",
         "mpqc/float_compute.py",
         "mpqc/float_math.py",
         "mpqc/kernels.py",

@@ -12,6 +12,9 @@ from tests.graph_runner import parse
 V3, VNNI, V2 = (TARGETS[name] for name in ("x86-64-v3", "x86-64-v4-vnni", "x86-64-v2"))
 
 
+DILATED = "pads=[2, 2, 2, 2], dilations=[2, 2]"  # nothing for Winograd
+
+
 def layer(
     channels: int = 64, out: int = 64, size: int = 14, weight: int = 2, activation: int = 2,
     attrs: str = "pads=[1, 1, 1, 1]", group: int = 1, levels: str = "signed",
@@ -67,9 +70,17 @@ def test_a_fallback_says_why() -> None:
 @pytest.mark.parametrize(
     ("graph", "target", "variant"),
     [
-        (layer(), VNNI, "vpdpbusd512"),
-        (layer(), V3, "vpmaddubsw256"),
-        (layer(weight=8, activation=8), V2, "vpmaddubsw128"),  # its weights are small enough
+        (layer(attrs=DILATED), VNNI, "vpdpbusd512"),
+        (layer(attrs=DILATED), V3, "vpmaddubsw256"),
+        (
+            layer(weight=8, activation=8, attrs=DILATED),
+            V2,
+            "vpmaddubsw128",
+        ),  # its weights are small
+        (layer(), VNNI, "winograd-vpdpbusd512"),
+        (layer(), V3, "winograd-vpmaddubsw256"),
+        (layer(activation=8), V3, "winograd-vpmaddwd256"),
+        (layer(channels=6), V3, "vpmaddubsw256"),  # instructions take four channels
         (layer(group=8), VNNI, "multiply-add"),
         (layer(), TARGETS["rpi4"], "smlal32-small"),
         (layer(weight=4, activation=8), TARGETS["rpi4"], "smlal32-offset"),
@@ -117,7 +128,7 @@ def test_the_smallest_weight_of_all_is_multiplied_alone() -> None:
 
 @pytest.mark.parametrize("value", [128, 255, -255])
 def test_weights_beyond_a_byte_need_words(value: int) -> None:
-    graph = layer(weight=8, activation=8, levels="odd")
+    graph = layer(weight=8, activation=8, levels="odd", attrs=DILATED)
     weight = graph.constants["w"].copy()
     weight[0, 0, 0, 0] = value
     graph = graph.with_(constants={"w": weight})
@@ -126,7 +137,7 @@ def test_weights_beyond_a_byte_need_words(value: int) -> None:
 
 
 def test_large_products_keep_out_of_int16_sums() -> None:
-    graph = layer(weight=8, activation=8)
+    graph = layer(weight=8, activation=8, attrs=DILATED)
     weight = graph.constants["w"].copy()
     weight[0, 0, 0, 0] = -128
     assert choose(graph.with_(constants={"w": weight}), V3, "int8").variant == "vpmaddwd256"
