@@ -23,6 +23,7 @@ SIGN_STEP = 2.0**-60
 
 ROUNDINGS = ("ROUND", "HALF_EVEN", "CEIL", "FLOOR", "UP", "DOWN", "HALF_UP", "HALF_DOWN")
 _HALF_EVEN = ROUNDINGS[:2]
+_BREVITAS = {"ROUND_TO_ZERO": "DOWN"}
 
 
 def quant(reader: Reader, node: Node) -> None:
@@ -297,6 +298,7 @@ def _operands(node: Node, count: int) -> tuple[str, ...]:
 
 def _rounding(node: Node, default: str) -> str:
     mode = node.str_attr("rounding_mode", default).upper()
+    mode = _BREVITAS.get(mode, mode)
     if mode not in ROUNDINGS:
         raise ModelError(
             f"{_label(node)} rounds by {mode!r}, which cannot be kept exact; known: "

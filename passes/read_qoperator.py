@@ -471,7 +471,6 @@ READERS: Mapping[str, Handler] = {
     "QLinearMatMul": qlinear_matmul,
     "ConvInteger": conv_integer,
     "MatMulInteger": matmul_integer,
-    "com.microsoft::QLinearConv": qlinear_conv,
     "com.microsoft::QGemm": qgemm,
     "com.microsoft::QLinearAdd": _binary("Add"),
     "com.microsoft::QLinearMul": _binary("Mul"),

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mpqc.errors import ModelError
 from mpqc.graph import Array, Graph, Node, TensorType
 from mpqc.passes import read_qdq, read_qonnx, read_qoperator
@@ -31,6 +33,9 @@ MOVES = frozenset(
         *("Tile", "Identity", "MaxPool", "Split", "DepthToSpace", "SpaceToDepth"),
     }
 )
+
+
+_RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike"})
 
 
 @dataclass(frozen=True)
@@ -109,11 +114,16 @@ def _moved(reader: Reader, node: Node) -> bool:
     """A node that only moves codes moves them in the graph's form."""
     if node.op == "Concat":
         return _joined(reader, node)
-    if node.op not in MOVES or node.inputs[0] not in reader.codes:
+    if node.op == "Pad":
+        return _padded(reader, node)
+    nearest = node.op == "Resize" and node.str_attr("mode", "nearest") == "nearest"
+    if not (node.op in MOVES or nearest) or not _is_narrow(reader, node.inputs[0]):
         return False
-    given = reader.codes[node.inputs[0]]
     if node.op == "MaxPool" and len(node.outputs) > 1:
         return False
+    if node.str_attr("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return False  # it makes up values outside
+    given = reader.codes_of(node, node.inputs[0])
     outputs = []
     for name in node.outputs:
         made = reader.moved_codes(name, given)
@@ -122,6 +132,31 @@ def _moved(reader: Reader, node: Node) -> bool:
         reader.types[made.value] = TensorType(_held(made), reader.shape(name))
     inputs = (given.value, *node.inputs[1:])
     reader.nodes.append(replace(node, inputs=inputs, outputs=tuple(outputs)))
+    return True
+
+
+def _is_narrow(reader: Reader, name: str) -> bool:
+    """Codes, or a table of codes that is a constant."""
+    known = reader.integers.get(name)
+    return name in reader.codes or (known is not None and INTEGER_BITS[known.dtype] <= 8)
+
+
+def _padded(reader: Reader, node: Node) -> bool:
+    """A Pad of codes: the constant that it puts around is shifted as they are."""
+    given = reader.codes.get(node.inputs[0])
+    value_name = node.inputs[2] if len(node.inputs) > 2 else ""
+    known = reader.integers.get(value_name)
+    if given is None or (value_name and known is None):
+        return False
+    inputs = [given.value, *node.inputs[1:]]
+    if node.str_attr("mode", "constant") == "constant":
+        number = 0 if known is None else int(known.array.reshape(()))
+        around = reader.constant(node, "around", np.asarray(number + given.shift, _held(given)))
+        inputs[2:3] = [around]
+    made = reader.moved_codes(node.output, given)
+    reader.codes[node.output] = made
+    reader.types[made.value] = TensorType(_held(made), reader.shape(node.output))
+    reader.nodes.append(replace(node, inputs=tuple(inputs), outputs=(made.value,)))
     return True
 
 
@@ -154,7 +189,7 @@ def _folded(reader: Reader, node: Node) -> bool:
                 for name in node.inputs)  # fmt: skip
     small = all(reader.source.type(name).elements <= MAX_FOLDED_ELEMENTS
                 for name in node.outputs if name)  # fmt: skip
-    if not fresh or not small or "::" in node.op:
+    if not fresh or not small or "::" in node.op or node.op in _RANDOM:
         return False
     from mpqc.onnx_nodes import evaluate
 

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from mpqc import reference
 from mpqc.errors import ModelError
+from mpqc.onnx_export import to_onnx
 from mpqc.onnx_files import read_tensor
 from mpqc.ort import Session
 from mpqc.packing import unpack_elements
@@ -398,6 +400,49 @@ def test_codes_move_through_pools_and_concats(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         compute(graph, {"x": x})["y"], Session(content).run({"x": x})["y"]
     )
+
+
+@pytest.mark.parametrize("value", [None, 5])
+@pytest.mark.parametrize("kind", ["INT8", "UINT8"])
+def test_codes_are_padded_and_enlarged_as_codes(
+    tmp_path: Path, kind: str, value: int | None
+) -> None:
+    element = getattr(TensorProto, kind)
+    content = file(
+        [
+            node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            node("Pad", ["q", "pads"] + ["value"] * (value is not None), ["p"]),
+            node("Resize", ["p", "", "factors"], ["r"], mode="nearest", nearest_mode="floor",
+                 coordinate_transformation_mode="asymmetric"),
+            node("DequantizeLinear", ["r", "s", "z"], ["y"]),
+        ],
+        [floats("s", 0.5), typed("z", 9, element), floats("factors", [1, 1, 2, 2]),
+         typed("pads", [0, 0, 1, 1, 0, 0, 0, 2], TensorProto.INT64),
+         typed("value", value or 0, element)],
+        [info("x", [1, 2, 3, 3])], [info("y", [1, 2, 8, 12])], 13,
+    )  # fmt: skip
+    graph = read(content, tmp_path).graph
+    assert ops(graph) == ["Quantize", "Pad", "Resize", "Dequantize"]
+    x = np.random.default_rng(0).uniform(-9, 9, (1, 2, 3, 3)).astype(np.float32)
+    want = Session(content).run({"x": x})["y"]
+    np.testing.assert_array_equal(Session(to_onnx(graph)).run({"x": x})["y"], want)
+    np.testing.assert_array_equal(reference.run(graph, {"x": x})["y"], want)
+
+
+def test_tables_of_codes_are_looked_up_as_codes(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-128, 128, (5, 3))
+    content = file(
+        [
+            node("Gather", ["table", "x"], ["q"], axis=0),
+            node("DequantizeLinear", ["q", "s"], ["y"]),
+        ],
+        [floats("s", 0.5), typed("table", values, TensorProto.INT8)],
+        [info("x", [4], TensorProto.INT64)], [info("y", [4, 3])], 13,
+    )  # fmt: skip
+    graph = read(content, tmp_path).graph
+    assert ops(graph) == ["Gather", "Dequantize"]
+    x = np.array([4, 0, 2, 2])
+    np.testing.assert_array_equal(compute(graph, {"x": x})["y"], values[x] * np.float32(0.5))
 
 
 @pytest.mark.parametrize("constant", [False, True])
