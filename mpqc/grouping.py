@@ -67,8 +67,8 @@ def form_groups(graph: Graph) -> list[Group]:
         if node.name not in owner and node.op in ("Quantize", "Dequantize", "Affine", "Requantize"):
             grow(node, "elementwise")
     rank = {node.name: index for index, node in enumerate(order)}
-    for group in groups:
-        group.nodes.sort(key=lambda node: rank[node.name])
+    for group in groups:  # the layer first: a Dequantize that it reads may have come before it
+        group.nodes.sort(key=lambda node: (node.op not in LAYERS, rank[node.name]))
     roots = {name: groups[index] for name, index in owner.items()}
     return _sequence(graph, dag, roots, rank)
 

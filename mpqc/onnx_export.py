@@ -190,9 +190,11 @@ class _Writer:
         """Product with the integers w; 8-bit odd levels as ``w = 2 * (v - 128) + 1``."""
         wide = w.astype(np.int64)
         zero_point = self._constant(node, "zero_point", np.uint8(node.int_attr("zero_point")))
-        middle = self._constant(node, "w_zero_point", np.uint8(128))
-        small = not wide.size or (wide.min() >= -128 and wide.max() <= 127)
-        codes = wide + 128 if small else (wide + 255) // 2
+        low, high = int(wide.min(initial=0)), int(wide.max(initial=0))
+        small = high - low <= 255  # codes of uint8 around some zero point
+        zero = 128 if low >= -128 and high <= 127 else min(-low, 255) if small else 128
+        middle = self._constant(node, "w_zero_point", np.uint8(zero))
+        codes = wide + zero if small else (wide + 255) // 2
         if codes.size and (codes.min() < 0 or codes.max() > 255):
             raise GraphError(f"weights of {node.name!r} exceed 8 bits")
         weight = self._constant(node, "w", codes.astype(np.uint8))

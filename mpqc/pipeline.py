@@ -22,7 +22,7 @@ from mpqc.artifact import (
 from mpqc.calibration import Calibration, calibrate
 from mpqc.data import Data
 from mpqc.errors import ModelError, UsageError
-from mpqc.graph import Graph, Precision
+from mpqc.graph import QUANTIZED_OPS, Graph, Precision
 from mpqc.histogram import Method
 from mpqc.model_source import Form
 from mpqc.onnx_export import to_onnx
@@ -32,15 +32,23 @@ from mpqc.passes.commute_quantize import CommuteQuantize
 from mpqc.passes.drop_dead import DropDead
 from mpqc.passes.equalize_layers import EqualizeLayers
 from mpqc.passes.estimate_cost import estimate_cost
-from mpqc.passes.find_layers import find_float_layers, find_layers, shared_tensors
+from mpqc.passes.find_layers import (
+    find_float_layers,
+    find_integer_layers,
+    find_layers,
+    shared_tensors,
+)
 from mpqc.passes.fold_batch_norm import FoldBatchNorm
 from mpqc.passes.fold_bias import FoldBias
 from mpqc.passes.fold_pad import FoldPad
 from mpqc.passes.fuse_requantize import FuseRequantize
+from mpqc.passes.integer_layers import IntegerLayers, integer_layers
 from mpqc.passes.quantize_layers import QuantizeLayers, tensors_to_calibrate
+from mpqc.passes.read_arithmetic import ReadArithmetic
+from mpqc.passes.read_quantizers import ReadQuantizers, read_quantizers
 from mpqc.passes.round_layers import LayerProgress, round_layers
 from mpqc.passes.split_dequantize import SplitDequantize
-from mpqc.plan import Plan
+from mpqc.plan import LayerPlan, Plan
 from mpqc.program import LayerRecord, MemoryPlan, Program, plan_memory
 from mpqc.rounding import Accuracy, RoundedLayer
 from mpqc.target import Target
@@ -80,15 +88,57 @@ class Options:
     accuracy: Accuracy = Accuracy()  # noqa: RUF009 - frozen
 
 
+@dataclass(frozen=True)
+class Imported:
+    """A model as the compiler takes it.
+
+    Attributes:
+        graph: static shapes, BatchNormalization and pads folded; where the model was quantized
+            already, its layers compute on codes.
+        kept: node of a quantized model -> why its arithmetic stays in float.
+    """
+
+    graph: Graph
+    kept: Mapping[str, str]
+
+
+def read_model(
+    path: str | Path,
+    dims: Mapping[str, int] | None = None,
+    batch: int = 1,
+    callback: Callback | None = None,
+) -> Imported:
+    """ONNX file, float or quantized, to what the compiler starts from."""
+    fake, kept = read_fake_quantized(path, dims, batch, callback)
+    graph, floats = integer_layers(fake)
+    if callback is not None:
+        callback(IntegerLayers(), graph)
+    graph = run(graph, FoldBatchNorm(), FoldPad(), DropDead(), callback=callback)
+    return Imported(graph, kept | {layer.node: layer.reason for layer in floats})
+
+
+def read_fake_quantized(
+    path: str | Path,
+    dims: Mapping[str, int] | None = None,
+    batch: int = 1,
+    callback: Callback | None = None,
+) -> tuple[Graph, dict[str, str]]:
+    """The model's operators in float between its quantizers, and what stays float and why."""
+    reading = read_quantizers(importer.load(path, dims, batch))
+    if callback is not None:
+        callback(ReadQuantizers(), reading.graph)
+    graph = run(reading.graph, ReadArithmetic(), callback=callback)
+    return graph, {kept.node: kept.reason for kept in reading.kept}
+
+
 def import_model(
     path: str | Path,
     dims: Mapping[str, int] | None = None,
     batch: int = 1,
     callback: Callback | None = None,
 ) -> Graph:
-    """ONNX file to float graph: static shapes, BatchNorm and pads folded."""
-    graph = importer.load(path, dims, batch)
-    return run(graph, FoldBatchNorm(), FoldPad(), DropDead(), callback=callback)
+    """The graph of ``read_model``."""
+    return read_model(path, dims, batch, callback).graph
 
 
 def calibrate_plan(
@@ -196,14 +246,15 @@ def _latencies(options: Options) -> "LatencyTable | None":
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model before its layers become integers.
+    """A model before its planned layers become integers.
 
     Attributes:
-        graph: float, folded and equalized.
+        graph: folded and equalized; float, but for the layers of a model that was quantized.
         plan: widths of its layers, checked.
         calibration: of the values that the plan quantizes.
         rounded: what layers compute with, where that is more than rounding to nearest.
         sha256: of the model file.
+        kept: node of a quantized model -> why its arithmetic stays in float.
     """
 
     graph: Graph
@@ -211,6 +262,16 @@ class Prepared:
     calibration: Calibration
     rounded: Mapping[str, RoundedLayer]
     sha256: str
+    kept: Mapping[str, str]
+
+    @property
+    def whole_plan(self) -> Plan:
+        """The plan with the widths that the model brought."""
+        brought = {
+            layer.name: LayerPlan(weight_bits=found.weight, activation_bits=found.activation)
+            for layer, found in find_integer_layers(self.graph).items()
+        }
+        return self.plan.model_copy(update={"layers": {**brought, **self.plan.layers}})
 
 
 def prepare(
@@ -235,8 +296,10 @@ def prepare(
     The arguments are those of ``compile_model``.
     """
     progress("import")
-    graph = import_model(model, dims, batch, callback)
-    sha256 = importer.sha256(model)
+    imported = read_model(model, dims, batch, callback)
+    graph, sha256 = imported.graph, importer.sha256(model)
+    if (plan is not None or bits is not None) and not find_layers(graph):
+        _refuse_widths(Path(model), graph)
     if plan is None:
         plan = Plan.of(graph, {}, model_sha256=sha256)
         if bits is not None:
@@ -252,7 +315,16 @@ def prepare(
     calibration = calibrate_plan(graph, plan, opened, options, calibration_progress)
     progress("round")
     rounded = round_plan(graph, plan, calibration, opened, options, rounding_progress)
-    return Prepared(graph, plan, calibration, rounded, sha256)
+    return Prepared(graph, plan, calibration, rounded, sha256, imported.kept)
+
+
+def _refuse_widths(model: Path, graph: Graph) -> None:
+    if found := find_integer_layers(graph):
+        widths = ", ".join(sorted({str(precision) for precision in found.values()}))
+        raise UsageError(
+            f"{model} is quantized already ({widths}): leave out --bits and --plan, or give the "
+            "float model that it came from"
+        )
 
 
 def compile_model(
@@ -321,17 +393,17 @@ def compile_model(
         (folder / REFERENCE).write_bytes(to_onnx(quantized))
         clock("lower")
         program = lower(quantized, plan, options, callback)
-        layers = _all_layers(graph, program)
+        layers = _all_layers(graph, program, prepared.kept)
         _check_strict(layers, options)
         clock("build")
         from mpqc.build import build
 
         memory = plan_memory(program)
-        manifest = _manifest(Path(model), sha256, graph, program, memory, layers, options)
+        manifest = _manifest(Path(model), prepared, program, memory, layers, options)
         built = build(program, memory, options.target, manifest, folder / LIBRARY, options.form)
         clock("done")
         write_json(folder / MANIFEST, manifest)
-        plan.save(folder / PLAN)
+        prepared.whole_plan.save(folder / PLAN)
         cost = estimate_cost(graph, plan)
         write_json(folder / REPORT, {
             "model": str(Path(model).resolve()),
@@ -353,13 +425,14 @@ def _refuse_unknown(graph: Graph) -> None:
     from mpqc.onnx_to_tir import unsupported
 
     layers = {layer.name for layer in find_layers(graph)}
-    refused = unsupported(node for node in graph if node.name not in layers)
+    others = (n for n in graph if n.name not in layers and n.op not in QUANTIZED_OPS)
+    refused = unsupported(others)
     if refused:
         lines = "".join(f"\n  {node.name}: {reason}" for node, reason in refused)
         raise ModelError(f"{len(refused)} nodes cannot be compiled:{lines}")
 
 
-def _all_layers(graph: Graph, program: Program) -> list[LayerRecord]:
+def _all_layers(graph: Graph, program: Program, kept: Mapping[str, str]) -> list[LayerRecord]:
     """Layers in the model's order: what the kernels run, and what stayed float and why."""
     run_ = {record.name: record for record in program.layers}
     records = []
@@ -370,9 +443,11 @@ def _all_layers(graph: Graph, program: Program) -> list[LayerRecord]:
             records.append(run_[node.name])
         elif node.name in macs:
             records.append(LayerRecord(node.name, None, None, "float", macs=macs[node.name],
-                                       reason="the plan leaves it in float"))  # fmt: skip
+                                       reason=kept.get(node.name, "the plan leaves it in "
+                                                       "float")))  # fmt: skip
         elif node.name in reasons:
-            records.append(LayerRecord(node.name, None, None, "float", reason=reasons[node.name]))
+            reason = kept.get(node.name, reasons[node.name])
+            records.append(LayerRecord(node.name, None, None, "float", reason=reason))
     return records
 
 
@@ -386,8 +461,7 @@ def _check_strict(layers: Sequence[LayerRecord], options: Options) -> None:
 
 def _manifest(
     model: Path,
-    sha256: str,
-    graph: Graph,
+    prepared: Prepared,
     program: Program,
     memory: MemoryPlan,
     layers: Sequence[LayerRecord],
@@ -396,12 +470,13 @@ def _manifest(
     target = options.target
     return {
         "mpqc_manifest": 1,
-        "model": {"file": model.name, "sha256": sha256},
+        "model": {"file": model.name, "sha256": prepared.sha256},
         "target": {"name": target.name, "arch": target.arch, "llvm": target.llvm,
                    "features": sorted(target.features)},
         "inputs": {n: {"dtype": t.dtype, "shape": t.shape} for n, t in program.inputs.items()},
         "outputs": {n: {"dtype": t.dtype, "shape": t.shape} for n, t in program.outputs.items()},
         "layers": [asdict(layer) for layer in layers],
+        "kept": dict(prepared.kept),
         "fallbacks": sum(bool(layer.reason) for layer in layers),
         "kernel": options.kernel,
         "steps": [{"label": s.label, "kind": s.kind, "kernel": s.kernel} for s in program.steps],

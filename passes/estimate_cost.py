@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mpqc.graph import Graph, Precision
-from mpqc.passes.find_layers import Layer, find_layers
+from mpqc.passes.find_layers import Layer, find_integer_layers, find_layers
 from mpqc.plan import Plan
 
 FLOAT_BITS = 32
@@ -51,8 +51,14 @@ class Cost:
 
 
 def estimate_cost(graph: Graph, plan: Plan | None) -> Cost:
-    """Cost of the quantizable layers of ``graph``; without a plan, that of the float model."""
-    return Cost({layer.name: _planned(layer, plan) for layer in find_layers(graph)})
+    """Cost of the quantizable layers of ``graph``; without a plan, that of the float model.
+
+    Layers that compute on codes already count at their own widths.
+    """
+    fixed = find_integer_layers(graph)
+    costs = {layer.name: layer_cost(layer, precision) for layer, precision in fixed.items()}
+    costs |= {layer.name: _planned(layer, plan) for layer in find_layers(graph)}
+    return Cost({node.name: costs[node.name] for node in graph if node.name in costs})
 
 
 def layer_cost(layer: Layer, precision: Precision) -> LayerCost:

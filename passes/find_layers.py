@@ -1,13 +1,13 @@
 """find-layers: which nodes can compute on integer codes, and why the others cannot."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
 import numpy as np
 
-from mpqc.graph import Array, Graph, Node
+from mpqc.graph import Array, Graph, Node, Precision
 
 Values: TypeAlias = Callable[[Node], tuple[str, ...]]
 
@@ -71,6 +71,17 @@ def find_layers(graph: Graph) -> tuple[Layer, ...]:
         for node in graph
         if node.op in MATRIX_OPS and why_float(graph, node) is None
     )
+
+
+def find_integer_layers(graph: Graph) -> dict[Layer, Precision]:
+    """Layers that compute on codes, because the model was quantized already, and their widths."""
+    return {
+        _integer_layer(graph, node): Precision(
+            node.int_attr("weight_bits"), node.int_attr("activation_bits")
+        )
+        for node in graph
+        if node.op in ("IntConv", "IntMatMul")
+    }
 
 
 def find_float_layers(graph: Graph) -> tuple[FloatLayer, ...]:
@@ -194,10 +205,19 @@ def _why_bias(graph: Graph, node: Node) -> str | None:
     return None
 
 
+def _integer_layer(graph: Graph, node: Node) -> Layer:
+    biased = any(
+        reader.op in ("Affine", "Requantize") and graph.constants[reader.inputs[2]].any()
+        for reader in graph.consumers(node.output)
+    )
+    made = _layer(graph, node)
+    return replace(made, biases=made.channels_out if biased else 0)
+
+
 def _layer(graph: Graph, node: Node) -> Layer:
     weight = graph.constants[node.inputs[1]]
     output = graph.type(node.output)
-    convolution = node.op == "Conv"
+    convolution = node.op in ("Conv", "IntConv")
     if convolution:
         groups = node.int_attr("group", 1)
         channels_in, channels_out = weight.shape[1] * groups, weight.shape[0]

@@ -82,7 +82,7 @@ def affine_chain(graph: Graph, layer: Node) -> tuple[list[Node], Vector, Vector]
     if layer.op == "MatMul" and (len(shape) != 2 or len(graph.shape(layer.inputs[1])) != 2):
         return absorbed, scale, shift
     value = layer.output
-    while (step := _next_affine(graph, value, axis)) is not None:
+    while (step := next_affine(graph, value, axis)) is not None:
         node, factor, offset = step
         scale, shift = scale * factor, shift * factor + offset
         absorbed.append(node)
@@ -90,7 +90,7 @@ def affine_chain(graph: Graph, layer: Node) -> tuple[list[Node], Vector, Vector]
     return absorbed, scale, shift
 
 
-def _next_affine(graph: Graph, value: str, axis: int) -> tuple[Node, Vector, Vector] | None:
+def next_affine(graph: Graph, value: str, axis: int) -> tuple[Node, Vector, Vector] | None:
     """The only reader of the value, if all it does is ``factor * value + offset`` by channel."""
     readers = graph.consumers(value)
     if len(readers) != 1 or value in graph.outputs:
