@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
 
 from mpqc.graph import Precision
+from mpqc.search.problem import Trainer
 from mpqc.train import GraphModule
 from mpqc.train.loop import Recipe
 from mpqc.train.trainer import PlanTrainer
@@ -61,7 +62,8 @@ def test_goes_on_from_a_checkpoint_and_keeps_what_keeps_its_width(trainer: PlanT
 
 
 def test_travels_to_another_process(trainer: PlanTrainer) -> None:
-    here = trainer.train(widths(trainer, 3), 0.5)
+    handle: Trainer = trainer  # as search problems take it
+    here = handle.train(widths(trainer, 3), 0.5)
     there = pickle.loads(pickle.dumps(trainer))
     assert there.train(widths(trainer, 3), 0.5) == here
 
