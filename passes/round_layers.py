@@ -6,10 +6,10 @@ errors are not only kept small where they arise, what earlier layers did wrong i
 as far as the layer can.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -64,88 +64,96 @@ def round_layers(
     Raises:
         DataError: no data, or values that are not finite.
     """
-    plan.check(graph, None)
-    data = data.sample(accuracy.samples, seed)
-    batches = ceil((accuracy.samples if data.samples is None else data.samples) / data.batch)
-    rounder = _Rounder(graph, plan, calibration, accuracy, method, seed, batches)
-    exact, twin = (Replay(data, BYTES, available_threads()) for _ in range(2))
-    groups: dict[str, list[Layer]] = {}
-    for layer in find_layers(graph):
-        if layer.name in plan.layers:
-            groups.setdefault(layer.input, []).append(layer)
-    done = 0
-    for value, layers in groups.items():
-        seen = rounder.simulation.reads(value)
-        outputs = exact.stage(graph, [layer.output for layer in layers])
-        inputs = (batch[seen] for batch in twin.stage(rounder.simulation.graph(), [seen]))
-        rounder.round(value, layers, inputs, outputs)
-        done += len(layers)
+    rounder = Rounder(graph, plan, calibration, data, accuracy, method, seed)
+    total = sum(map(len, rounder.groups.values()))
+    for rows in rounder.groups_in_order():
+        rounder.round(rows)
         if progress is not None:
-            progress(layers[-1].name, done, sum(map(len, groups.values())))
+            progress(rows[-1].layer.name, len(rounder.rounded), total)
     return rounder.rounded
 
 
-@dataclass
-class _Rounder:
-    graph: Graph
-    plan: Plan
-    calibration: Calibration
-    accuracy: Accuracy
-    method: Method
-    seed: int
-    batches: int
-    rounded: dict[str, RoundedLayer] = field(default_factory=dict)
+class Rounder:
+    """Rounds the layers of a plan one after the other; between, others may be tried.
 
-    def __post_init__(self) -> None:
-        self.simulation = _Simulation(self.graph)
-        for value, tensor in self.plan.tensors.items():
-            rule = self.calibration.quantizer(value, tensor.bits, self.method)
-            self.simulation.narrow(value, rule)
+    Attributes:
+        groups: value -> planned layers that read it, in the order in which the graph runs them.
+        rounded: layer -> what it computes with; grows.
+        simulation: the network so far.
+    """
 
-    def round(
+    def __init__(
         self,
-        value: str,
-        layers: Sequence[Layer],
-        inputs: Iterator[Array],
-        outputs: Iterator[dict[str, Array]],
+        graph: Graph,
+        plan: Plan,
+        calibration: Calibration,
+        data: Data,
+        accuracy: Accuracy,
+        method: Method = "mse",
+        seed: int = 0,
     ) -> None:
-        """Round the layers that read one value.
+        plan.check(graph, None)
+        self.graph, self.plan, self.calibration = graph, plan, calibration
+        self.accuracy, self.method, self.seed = accuracy, method, seed
+        self._data = data.sample(accuracy.samples, seed)
+        self.rounded: dict[str, RoundedLayer] = {}
+        self.simulation = Simulation(graph)
+        for value, tensor in plan.tensors.items():
+            rule = calibration.quantizer(value, tensor.bits, method)
+            self.simulation.narrow(value, rule)
+        self.groups: dict[str, list[Layer]] = {}
+        for layer in find_layers(graph):
+            if layer.name in plan.layers:
+                self.groups.setdefault(layer.input, []).append(layer)
 
-        Args:
-            value: its name.
-            layers: all of them.
-            inputs: of the quantized graph, batch by batch.
-            outputs: of the float graph, likewise.
-        """
-        rows = self._rows(layers, inputs, outputs)
-        bits = self.plan.layers[layers[0].name].activation_bits
+    def groups_in_order(self) -> Iterator[list["Rows"]]:
+        """Layers that read one value, with what they see; ``round`` them before going on."""
+        data = self._data
+        samples = self.accuracy.samples if data.samples is None else data.samples
+        batches = ceil(samples / data.batch)
+        exact, twin = (Replay(data, BYTES, available_threads()) for _ in range(2))
+        for value, layers in self.groups.items():
+            seen = self.simulation.reads(value)
+            outputs = exact.stage(self.graph, [layer.output for layer in layers])
+            inputs = (batch[seen] for batch in twin.stage(self.simulation.graph(), [seen]))
+            yield self._rows(layers, inputs, outputs, batches)
+
+    def round(self, rows: Sequence["Rows"]) -> None:
+        """Round the layers that read one value, as the plan says."""
+        rule = self.rule(rows, self.plan.layers[rows[0].layer.name].activation_bits)
+        for seen in rows:
+            made = self.candidate(seen, self.plan.layers[seen.layer.name].weight_bits, rule)
+            self.rounded[seen.layer.name] = made
+            self.simulation.replace(self.graph, seen.layer, made)
+
+    def rule(self, rows: Sequence["Rows"], bits: int) -> ActivationQuantizer:
+        """For the value that the layers read, at a width."""
+        value = rows[0].layer.input
         rule = self.calibration.quantizer(value, bits, self.method)
         narrowed = self.plan.tensors.get(value)
         if self.accuracy.clipping == "output" and (narrowed is None or narrowed.bits != bits):
-            rule = self._clipped(rows, rule)
-        for seen in rows:
-            made = self._rounded(seen, rule)
-            self.rounded[seen.layer.name] = made
-            self.simulation.replace(self.graph, seen.layer, made)
+            return self._clipped(rows, rule)
+        return rule
 
     def _rows(
         self,
         layers: Sequence[Layer],
         inputs: Iterator[Array],
         outputs: Iterator[dict[str, Array]],
-    ) -> list["_Rows"]:
-        rows = [_Rows.of(self.graph, layer) for layer in layers]
+        batches: int,
+    ) -> list["Rows"]:
+        rows = [Rows.of(self.graph, layer) for layer in layers]
         count = 0
         for number, (x, ys) in enumerate(zip(inputs, outputs, strict=True)):
             count += 1
             for index, seen in enumerate(rows):
                 rng = np.random.default_rng([self.seed, len(self.rounded) + index, number])
-                seen.add(x, ys[seen.layer.output], self.batches, rng)
+                seen.add(x, ys[seen.layer.output], batches, rng)
         if not count:
             raise DataError("no calibration samples; give at least one")
         return rows
 
-    def _clipped(self, rows: Sequence["_Rows"], rule: ActivationQuantizer) -> ActivationQuantizer:
+    def _clipped(self, rows: Sequence["Rows"], rule: ActivationQuantizer) -> ActivationQuantizer:
         """The range of least output error, with the weights as they are."""
         rules = [
             ActivationQuantizer(rule.scale * share, rule.zero_point, rule.bits) for share in SHARES
@@ -164,16 +172,23 @@ class _Rounder:
                 losses[index] += float(np.square(error).mean()) / power
         return rules[int(np.argmin(losses))]
 
-    def _rounded(self, seen: "_Rows", rule: ActivationQuantizer) -> RoundedLayer:
-        bits = self.plan.layers[seen.layer.name].weight_bits
+    def candidate(
+        self, seen: "Rows", bits: int | tuple[int, ...], rule: ActivationQuantizer
+    ) -> RoundedLayer:
+        """What a layer would compute with at a width of weights and a rule of its input."""
+        return self.candidates(seen, [bits], rule)[0]
+
+    def candidates(
+        self, seen: "Rows", widths: Sequence[int | tuple[int, ...]], rule: ActivationQuantizer
+    ) -> list[RoundedLayer]:
+        """The same at several widths of weights."""
         x, y = seen.all()
         center = self.accuracy.bias_correction
         x_mean = _quantized_mean(x, rule)
         y_mean = y.mean(0, np.float64)
         columns = x.shape[2]
-        if self.accuracy.rounding == "nearest" or columns > MAX_COLUMNS:
-            weights = quantize_weights(seen.exact, bits, seen.axis)
-        else:
+        objective = None
+        if self.accuracy.rounding != "nearest" and columns <= MAX_COLUMNS:
             gram, cross = second_moments(
                 x,
                 y if center else y - seen.bias,
@@ -183,16 +198,26 @@ class _Rounder:
             )
             damping = self.accuracy.damping + columns / x.shape[1]
             objective = Objective.fitted(seen.weights, gram, cross, damping)
-            codes, scale = compensate(seen.weights, bits, objective, self.accuracy.order)
-            widest = bits if isinstance(bits, int) else max(bits)
-            weights = QuantizedWeights(
-                seen.shaped(codes), scale.reshape(-1), widest, "odd" if widest == 1 else "signed"
-            )
-        bias = seen.bias
-        if center:
-            rows = seen.rows(weights.values) * weights.scale.reshape(len(x), -1, 1)
-            bias = y_mean - np.einsum("gok,gk->go", rows.astype(np.float64), x_mean).reshape(-1)
-        return RoundedLayer(weights, bias.astype(np.float32), rule)
+        found = []
+        for bits in widths:
+            weights = self._weights(seen, bits, objective)
+            bias = seen.bias
+            if center:
+                rows = seen.rows(weights.values) * weights.scale.reshape(len(x), -1, 1)
+                means = np.einsum("gok,gk->go", rows.astype(np.float64), x_mean)
+                bias = y_mean - means.reshape(-1)
+            found.append(RoundedLayer(weights, bias.astype(np.float32), rule))
+        return found
+
+    def _weights(
+        self, seen: "Rows", bits: int | tuple[int, ...], objective: Objective | None
+    ) -> QuantizedWeights:
+        if objective is None:
+            return quantize_weights(seen.exact, bits, seen.axis)
+        codes, scale = compensate(seen.weights, bits, objective, self.accuracy.order)
+        widest = bits if isinstance(bits, int) else max(bits)
+        levels: Literal["odd", "signed"] = "odd" if widest == 1 else "signed"
+        return QuantizedWeights(seen.shaped(codes), scale.reshape(-1), widest, levels)
 
 
 def told(x: Array, rule: ActivationQuantizer) -> Array:
@@ -242,7 +267,7 @@ def second_moments(
 
 
 @dataclass
-class _Rows:
+class Rows:
     """Rows of one layer's inputs and outputs at random positions, and its weights as rows."""
 
     layer: Layer
@@ -253,7 +278,7 @@ class _Rows:
     y: list[Array] = field(default_factory=list)
 
     @classmethod
-    def of(cls, graph: Graph, layer: Layer) -> "_Rows":
+    def of(cls, graph: Graph, layer: Layer) -> "Rows":
         node = graph[layer.name]
         bias = bias_vector(graph, node)
         return cls(
@@ -315,7 +340,7 @@ class _Rows:
         return np.ascontiguousarray(x[:, ::step]), y[::step]
 
 
-class _Simulation:
+class Simulation:
     """The float graph whose layers are replaced by what their quantized forms compute."""
 
     def __init__(self, graph: Graph) -> None:
@@ -359,12 +384,16 @@ class _Simulation:
             nodes.append(Node(node.name, "Add", (product, bias), node.outputs))
         self._nodes[layer.name] = nodes
 
-    def graph(self) -> Graph:
-        """As it stands."""
+    def graph(self, exact: Collection[str] = ()) -> Graph:
+        """As it stands.
+
+        Args:
+            exact: layers that stay as they are in the float graph.
+        """
         nodes = [
             replace(node, inputs=tuple(self._narrowed.get(v, v) for v in node.inputs))
-            for made in self._nodes.values()
-            for node in made
+            for name, made in self._nodes.items()
+            for node in ([self._float[name]] if name in exact else made)
         ]
         return self._float.with_(
             [*self._first, *nodes], constants=self._constants, types=self._types

@@ -56,8 +56,9 @@ def test_json(app: typer.Typer, model: Path, tmp_path: Path) -> None:
 def test_names_the_kernel_that_will_run_each_layer(
     app: typer.Typer, model: Path, tmp_path: Path
 ) -> None:
-    uniform = ["search", model, "--method", "uniform", "--budget", "bitops=w1a1", "--no-cache"]
-    avx2 = [*uniform, "--widths", "w1a1", "--target", "x86-64-v3", "-o"]
+    avx2: list[str | Path] = ["search", model, "--method", "uniform", "--budget", "bitops=w1a1",
+                              "--no-cache", "--widths", "w1a1", "--target", "x86-64-v3",
+                              "-o"]  # fmt: skip
     found = json.loads(run(app, *avx2, tmp_path / "a", "--json").stdout)
     kernels = [row["expected_kernel"] for row in found["layers"]]
     assert kernels[0] == "int8"  # three channels, eight bits
