@@ -50,6 +50,10 @@ class Data(ABC):
     def sample(self, max_samples: int | None, seed: int = 0) -> "Data":
         """At most so many samples: a random choice in file order where the length is known."""
 
+    def rest(self, max_samples: int, seed: int = 0) -> "Data | None":
+        """What ``sample`` leaves out; None where that is nothing, or a stream's end."""
+        return None
+
     def __len__(self) -> int:
         if self.samples is None:
             raise DataError("these data are a stream of unknown length")
@@ -131,7 +135,14 @@ class _Stored(Data):
             raise DataError(f"at least one sample is needed, got max_samples={max_samples}")
         if max_samples is None or max_samples >= self.samples:
             return self
-        picks = np.sort(np.random.default_rng(seed).permutation(self.samples)[:max_samples])
+        return self._pick(np.random.default_rng(seed).permutation(self.samples)[:max_samples])
+
+    def rest(self, max_samples: int, seed: int = 0) -> "Data | None":
+        picks = np.random.default_rng(seed).permutation(self.samples)[max_samples:]
+        return self._pick(picks) if picks.size else None
+
+    def _pick(self, picks: Array) -> "Data":
+        picks = np.sort(picks)
         chosen = picks if self.chosen is None else self.chosen[picks]
         labels = None if self.labels is None else self.labels[picks]
         return replace(self, chosen=chosen, labels=labels)

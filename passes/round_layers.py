@@ -105,14 +105,24 @@ class Rounder:
         for layer in find_layers(graph):
             if layer.name in plan.layers:
                 self.groups.setdefault(layer.input, []).append(layer)
+        names = [layer.name for layers in self.groups.values() for layer in layers]
+        self._number = {name: number for number, name in enumerate(names)}
 
-    def groups_in_order(self) -> Iterator[list["Rows"]]:
-        """Layers that read one value, with what they see; ``round`` them before going on."""
+    def groups_in_order(self, skip: Collection[str] = ()) -> Iterator[list["Rows"]]:
+        """Layers that read one value, with what they see in the network as it stands.
+
+        Those that are to be rounded are rounded before the next is asked for.
+
+        Args:
+            skip: values whose readers are left as they are, unseen.
+        """
         data = self._data
         samples = self.accuracy.samples if data.samples is None else data.samples
         batches = ceil(samples / data.batch)
         exact, twin = (Replay(data, BYTES, available_threads()) for _ in range(2))
         for value, layers in self.groups.items():
+            if value in skip:
+                continue
             seen = self.simulation.reads(value)
             outputs = exact.stage(self.graph, [layer.output for layer in layers])
             inputs = (batch[seen] for batch in twin.stage(self.simulation.graph(), [seen]))
@@ -146,8 +156,9 @@ class Rounder:
         count = 0
         for number, (x, ys) in enumerate(zip(inputs, outputs, strict=True)):
             count += 1
-            for index, seen in enumerate(rows):
-                rng = np.random.default_rng([self.seed, len(self.rounded) + index, number])
+            for seen in rows:
+                own = self._number[seen.layer.name]
+                rng = np.random.default_rng([self.seed, own, number])
                 seen.add(x, ys[seen.layer.output], batches, rng)
         if not count:
             raise DataError("no calibration samples; give at least one")
@@ -218,6 +229,13 @@ class Rounder:
         widest = bits if isinstance(bits, int) else max(bits)
         levels: Literal["odd", "signed"] = "odd" if widest == 1 else "signed"
         return QuantizedWeights(seen.shaped(codes), scale.reshape(-1), widest, levels)
+
+
+def told_weights(layer: Layer, made: RoundedLayer) -> Array:
+    """float32, the weights that the codes stand for, as ``weight_matrix`` shapes them."""
+    shape = (-1, *[1] * (made.weights.values.ndim - 1)) if layer.op == "Conv" else (1, -1)
+    weights: Array = made.weights.values * made.weights.scale.reshape(shape)
+    return weights
 
 
 def told(x: Array, rule: ActivationQuantizer) -> Array:
@@ -370,12 +388,10 @@ class Simulation:
             source = self.reads(layer.input)
             nodes, self._codes[layer.input] = self._rounding(f"{layer.input}.in", source, made.rule)
         data = self._codes[layer.input]
-        convolution = layer.op == "Conv"
-        shape = (-1, *[1] * (made.weights.values.ndim - 1)) if convolution else (1, -1)
         weight, bias = self._fresh(f"{node.name}.w"), self._fresh(f"{node.name}.b")
-        self._constants[weight] = made.weights.values * made.weights.scale.reshape(shape)
+        self._constants[weight] = told_weights(layer, made)
         self._constants[bias] = made.bias
-        if convolution:
+        if layer.op == "Conv":
             nodes.append(replace(node, inputs=(data, weight, bias)))
         else:
             product = self._fresh(f"{node.name}.product")

@@ -48,6 +48,17 @@ def test_streams_batches_and_fills_the_last(save: Callable[..., Path]) -> None:
     np.testing.assert_array_equal(next(iter(data.feeds()))["x"], x[:2])  # again from the start
 
 
+def test_the_rest_is_what_a_sample_leaves_out() -> None:
+    data = open_data({"x": images(10), "labels": np.arange(10)}, ONE)
+    part, rest = data.sample(6, 3), data.rest(6, 3)
+    assert rest is not None
+    assert part.labels is not None
+    assert rest.labels is not None
+    assert sorted([*part.labels, *rest.labels]) == list(range(10))
+    assert len(list(rest.feeds())) == 2  # of two samples each
+    assert data.rest(10) is None
+
+
 def test_a_sample_is_drawn_by_seed_and_keeps_its_labels(save: Callable[..., Path]) -> None:
     x = images(40)
     source = save(anything=x, y=np.arange(40, dtype=np.uint8))

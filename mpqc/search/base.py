@@ -24,6 +24,7 @@ BUILT_IN: Mapping[str, str] = {
     "progressive": "mpqc.search.progressive:Progressive",
     "hawq": "mpqc.search.hawq:Hawq",
     "sensitivity": "mpqc.search.sensitivity:Sensitivity",
+    "exchange": "mpqc.search.exchange:Exchange",
     "reverse": "mpqc.search.baselines:Reverse",
     "random": "mpqc.search.baselines:Random",
 }

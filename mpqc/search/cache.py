@@ -41,6 +41,9 @@ class _Held(Data):
     def sample(self, max_samples: int | None, seed: int = 0) -> Data:
         return self._source.sample(max_samples, seed)
 
+    def rest(self, max_samples: int, seed: int = 0) -> Data | None:
+        return self._source.rest(max_samples, seed)
+
 
 def held(data: Data) -> Data:
     """The data, in memory where they are small: decoding pictures again costs more."""

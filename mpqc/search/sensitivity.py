@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mpqc.errors import UsageError
 from mpqc.passes.measure_perturbation import Metric
 from mpqc.passes.measure_sensitivity import measure_sensitivity
+from mpqc.rounding import Accuracy, Rounding
 from mpqc.search.base import ScoreSearch
 from mpqc.search.cache import calibrated, held, ledger
 from mpqc.search.problem import Problem
@@ -19,12 +20,14 @@ class Sensitivity(ScoreSearch):
     Attributes:
         samples: of the data, at most.
         metric: distance of outputs: sqnr or kl.
+        rounding: of the weights: gptq as the compiler does it, or nearest, which is faster.
     """
 
     needs = frozenset({"data"})
 
     samples: int = 256
     metric: Metric = "sqnr"
+    rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
         check_samples("sensitivity", self.samples)
@@ -40,7 +43,9 @@ class Sensitivity(ScoreSearch):
             {layer.name: _widths(problem, layer.name, "weight") for layer in problem.layers},
             {layer.input: _widths(problem, layer.name, "activation") for layer in problem.layers},
             metric=self.metric,
-            known=ledger(problem, data, "sensitivity", self.metric),
+            accuracy=None if self.rounding == "nearest" else Accuracy(),
+            seed=problem.seed,
+            known=ledger(problem, data, "sensitivity", *self._key(problem)),
             progress=problem.progress,
         )
         readers = {layer.input: 0 for layer in problem.layers}
@@ -57,6 +62,12 @@ class Sensitivity(ScoreSearch):
         }
         unit = "divergence [nat]" if table.metric == "kl" else "noise / signal"
         return Scores(losses, f"{unit} of the outputs")
+
+    def _key(self, problem: Problem) -> tuple[object, ...]:
+        """What losses depend on beside model and data."""
+        if self.rounding == "nearest":
+            return (self.metric,)
+        return self.metric, repr(Accuracy()), problem.seed
 
 
 def check_samples(method: str, samples: int) -> None:

@@ -9,7 +9,9 @@ from mpqc.graph import Graph, Precision
 from mpqc.passes.find_layers import find_layers
 from mpqc.passes.measure_sensitivity import measure_sensitivity
 from mpqc.passes.quantize_layers import QuantizeLayers
+from mpqc.passes.round_layers import round_layers
 from mpqc.plan import Plan
+from mpqc.rounding import Accuracy
 from mpqc.search.testing import BATCH, toy_data, toy_graph
 
 GRAPH, DATA = toy_graph(BATCH), toy_data()
@@ -52,6 +54,39 @@ def test_wider_loses_less(metric: str) -> None:
     )  # fmt: skip
     for row in [*table.weights.values(), *table.activations.values()]:
         assert row[2] > row[4] > row[8] > 0
+
+
+def test_rounded_as_the_compiler_does_it() -> None:
+    """The last body layer alone, at two bits: behind it nothing has to be fitted."""
+    plan = Plan.of(GRAPH, {"pointwise": Precision(2, 8)})
+    rounded = round_layers(GRAPH, plan, CALIBRATION, DATA, Accuracy())
+    expected = noise(QuantizeLayers(plan, CALIBRATION, "mse", True, rounded)(GRAPH))
+    fitted = measure_sensitivity(
+        GRAPH, DATA, CALIBRATION, {"pointwise": [2]}, {}, accuracy=Accuracy()
+    )
+    nearest = measure_sensitivity(GRAPH, DATA, CALIBRATION, {"pointwise": [2]}, {})
+    assert fitted.weights["pointwise"][2] == pytest.approx(expected, rel=0.1)
+    assert fitted.weights["pointwise"][2] < 0.8 * nearest.weights["pointwise"][2]
+
+
+def test_narrow_activations_are_made_good_as_far_as_weights_can() -> None:
+    fitted = measure_sensitivity(GRAPH, DATA, CALIBRATION, {}, {"r1": [2]}, accuracy=Accuracy())
+    nearest = measure_sensitivity(GRAPH, DATA, CALIBRATION, {}, {"r1": [2]})
+    assert 0 < fitted.activations["r1"][2] < nearest.activations["r1"][2]
+
+
+def test_fitting_goes_on_where_it_stopped() -> None:
+    known: dict[str, float] = {}
+    widths = {"main": [2, 4], "pointwise": [3]}
+    first = measure_sensitivity(
+        GRAPH, DATA, CALIBRATION, widths, {"r1": [2]}, accuracy=Accuracy(), known=known
+    )
+    part = {key: value for key, value in known.items() if "pointwise" not in key}
+    again = measure_sensitivity(
+        GRAPH, DATA, CALIBRATION, widths, {"r1": [2]}, accuracy=Accuracy(), known=part
+    )
+    for name, row in again.weights.items():
+        assert row == pytest.approx(first.weights[name], rel=1e-3)
 
 
 def test_measures_only_what_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,11 @@ class TestSensitivity(SearchContract):
     method = "sensitivity"
 
 
+class TestExchange(SearchContract):
+    method = "exchange"
+    options = {"rounds": "2", "builds": "3"}  # noqa: RUF012
+
+
 class TestReverse(SearchContract):
     method = "reverse"
     options = {"of": "eagl"}  # noqa: RUF012

@@ -1,21 +1,24 @@
 """What sets one method apart from the others; what they share is in test_contract.py."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mpqc.data import open_data
 from mpqc.errors import UsageError
 from mpqc.graph import Precision
 from mpqc.passes.measure_entropy import measure_entropy
 from mpqc.search import base, precisions
 from mpqc.search.base import ScoreSearch, load, methods
 from mpqc.search.baselines import spread
+from mpqc.search.confirm import held_out, judge
 from mpqc.search.constraints import Constraints
 from mpqc.search.eagl import Eagl
 from mpqc.search.progressive import Progressive, round_up, separation
 from mpqc.search.sensitivity import Sensitivity
-from mpqc.search.testing import between, toy_graph, toy_problem
+from mpqc.search.testing import between, toy_data, toy_graph, toy_problem
 
 BODY = ("main", "shortcut", "depthwise", "pointwise")
 
@@ -179,11 +182,13 @@ def test_options() -> None:
     ):
         with pytest.raises(UsageError, match=said):
             load("eagl", options)
-    for name in ("sensitivity", "hawq", "progressive"):
+    for name in ("sensitivity", "hawq", "progressive", "exchange"):
         with pytest.raises(UsageError, match="samples is at least 1"):
             load(name, {"samples": "0"})
     with pytest.raises(UsageError, match="probes"):
         load("hawq", {"probes": "0"})
+    with pytest.raises(UsageError, match="builds is at least 1"):
+        load("exchange", {"builds": "0"})
     with pytest.raises(UsageError, match="no search method 'eagle'; installed: eagl"):
         load("eagle")
 
@@ -195,3 +200,24 @@ def test_scores_measure_more_loss_for_narrower_layers() -> None:
         for row in method.scores(toy_problem()).losses.values():
             narrow, wide = (min(row, key=str), max(row, key=str))
             assert len(row) == 1 or row[narrow] > row[wide] > 0
+
+
+def test_exchange_ends_no_worse_than_where_it_starts(tmp_path: Path) -> None:
+    problem = replace(toy_problem("bitops=w3a3"), cache=tmp_path)
+    noise = judge(problem)
+    found = load("exchange", {"rounds": "1", "builds": "4"})(problem)
+    starts = [load(name)(problem) for name in ("uniform", "sensitivity")]
+    assert noise(found) <= min(map(noise, starts))
+    assert found.search is not None
+    assert found.search.method == "exchange"
+
+
+def test_networks_are_judged_on_samples_that_they_were_not_fitted_to() -> None:
+    data = toy_data()
+    few = replace(data, batch=1, chosen=np.arange(3))  # type: ignore[type-var]
+    assert len(held_out(few, 0, 8)) == 3  # too few to part
+    graph = toy_graph(1)
+    many = open_data({"x": np.zeros((300, 3, 8, 8), np.float32)}, graph)
+    assert len(held_out(many, 0, 512)) == 256 - 128  # of compile's 256, what rounding left
+    more = open_data({"x": np.zeros((900, 3, 8, 8), np.float32)}, graph)
+    assert len(held_out(more, 0, 512)) == 512
