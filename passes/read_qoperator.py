@@ -292,7 +292,7 @@ def _integer_product(
     made: dict[str, Attribute] = {
         **attrs,
         "zero_point": offset + codes.shift if static else 0,
-        "weight_bits": _signed_bits(weights),
+        "weight_bits": 8,  # of the file's type; a zero point may shift them beyond int8
         "activation_bits": Grid.of(codes.dtype).bits,
         "weight_levels": "signed",
     }
@@ -312,12 +312,6 @@ def _integer_product(
     inside = TensorType("int32", np.shape(ones))
     taken = reader.emit(node, "Mul", (sums, level), inside)
     reader.emit(node, "Sub", (acc, taken), kind, out=node.output)
-
-
-def _signed_bits(weights: Array) -> int:
-    """Width of the narrowest signed integers from 8 bits on that hold them."""
-    low, high = int(weights.min(initial=0)), int(weights.max(initial=0))
-    return max(8, Grid.between(min(low, -1), high).bits)
 
 
 def _integer_weights(

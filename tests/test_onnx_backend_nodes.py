@@ -1,4 +1,4 @@
-"""ONNX's own node tests of the quantized operators, through import and ReadQuantizers.
+"""ONNX's own node tests of the quantized operators: read, and compiled to a library that runs.
 
 Every input but the first becomes a constant, as models have it; the first is what callers feed.
 """
@@ -15,10 +15,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from mpqc import importer, reference
+from mpqc import importer, pipeline, reference
 from mpqc.errors import ModelError
+from mpqc.graph import Graph
 from mpqc.passes.quantized_values import container
 from mpqc.passes.read_quantizers import read_quantizers
+from tests.passes.quantized_files import compiled
 
 Array = npt.NDArray[Any]
 
@@ -32,6 +34,11 @@ OPERATORS = {
     "matmulinteger": "MatMulInteger",
     "cast": "Cast",
 }
+
+LAYERS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+
+# Products that stay float: a stack of matrices is no layer.
+FLOAT_PRODUCTS = re.compile("test_qlinearmatmul_3D_.*")
 
 # Cases that cannot pass: what the error says, which is the reason.
 REFUSED = {
@@ -96,6 +103,21 @@ def _model(case: Any, folder: Path) -> tuple[Path, dict[str, Array]]:
     return path, {infos[0].name: _contained(_array(inputs[0]))}
 
 
+def _matches(case: Any, got: dict[str, Array]) -> None:
+    _, expected = case.data_sets[0]
+    for info, value in zip(case.model.graph.output, expected, strict=True):
+        want = _contained(_array(value))
+        assert got[info.name].dtype == want.dtype
+        if want.dtype.kind == "f":
+            np.testing.assert_allclose(got[info.name], want, rtol=case.rtol, atol=case.atol)
+        else:
+            np.testing.assert_array_equal(got[info.name], want)
+
+
+def _ops(graph: Graph) -> set[str]:
+    return {node.op for node in graph}
+
+
 def _refusal(name: str) -> str | None:
     return next(
         (reason for pattern, reason in REFUSED.items() if re.fullmatch(pattern, name)), None
@@ -112,16 +134,13 @@ def test_gives_what_onnx_says(name: str, tmp_path: Path) -> None:
             read_quantizers(importer.load(path))
         return
     graph = read_quantizers(importer.load(path)).graph
-    assert not any("Linear" in node.op or "Integer" in node.op for node in graph)
-    _, expected = case.data_sets[0]
-    got = reference.run(graph, feeds)
-    for info, value in zip(case.model.graph.output, expected, strict=True):
-        want = _contained(_array(value))
-        assert got[info.name].dtype == want.dtype
-        if want.dtype.kind == "f":
-            np.testing.assert_allclose(got[info.name], want, rtol=case.rtol, atol=case.atol)
-        else:
-            np.testing.assert_array_equal(got[info.name], want)
+    assert not any("Linear" in op or "Integer" in op for op in _ops(graph))
+    _matches(case, reference.run(graph, feeds))
+    if case.model.graph.node[0].op_type in LAYERS and not FLOAT_PRODUCTS.match(name):
+        lowered = _ops(pipeline.import_model(path))
+        assert lowered & {"IntConv", "IntMatMul"}
+        assert not lowered & {"Conv", "MatMul"}
+    _matches(case, compiled(path, feeds))
 
 
 def test_every_operator_has_cases() -> None:

@@ -1,18 +1,22 @@
 """What the tests of the dialects' readers share: files in a few lines, and how they are run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-from mpqc import importer, reference
+from mpqc import importer, pipeline, reference
 from mpqc.graph import Graph
 from mpqc.onnx_export import to_onnx
 from mpqc.ort import Session
 from mpqc.passes.read_quantizers import Reading, read_quantizers
+from mpqc.runtime import CompiledModel
+from mpqc.target import native
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -88,6 +92,22 @@ def compute(graph: Graph, feeds: Mapping[str, Array]) -> dict[str, Array]:
         assert again[name].dtype == array.dtype
         np.testing.assert_allclose(again[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
     return got
+
+
+def compiled(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """What the library computes that the whole compiler makes of a file."""
+    with library(path) as model:
+        return model.run(dict(feeds))
+
+
+@contextmanager
+def library(path: Path) -> Iterator[CompiledModel]:
+    """The library that the whole compiler makes of a file, to run while the context lasts."""
+    options = pipeline.Options(target=native(), latencies=None)
+    with TemporaryDirectory() as folder:
+        made = pipeline.compile_model(path, Path(folder) / "build", options)
+        with CompiledModel(made.library) as model:
+            yield model
 
 
 def steps_apart(got: Array, want: Array, step: float) -> tuple[int, float]:
