@@ -130,8 +130,8 @@ def narrow_sums(weight: Array, codes: Array, chunk: int) -> Array:
     """All prefix sums of int16 lanes: weight and codes [..., S, 4]."""
     lanes = (weight.astype(np.int64) * codes).reshape(*weight.shape[:-1], 2, 2).sum(axis=-1)
     runs = lanes.reshape(*lanes.shape[:-2], -1, chunk, 2)
-    runs: Array = lanes.reshape(*lanes.shape[:-2], -1, chunk, 2).cumsum(axis=-2)
-    return runs
+    return np.cumsum(runs, axis=-2)
+
 
 @settings(max_examples=60)
 @given(
