@@ -17,11 +17,13 @@ class Expectation:
     Attributes:
         kernel: that would be chosen.
         gain: how many times faster than the int8 kernel, by the model of the instructions.
+        rate: multiply-accumulates a cycle, by the same model.
         chosen: what the choice rests on: "asked", "measured" or "model".
     """
 
     kernel: str
     gain: float
+    rate: float
     chosen: str
 
 
@@ -29,14 +31,15 @@ def expect(graph: Graph, layer: Layer, widths: Precision, selector: Selector) ->
     """The kernel of one layer.
 
     Args:
-        graph: float, channels first.
-        layer: of the graph.
+        graph: channels first.
+        layer: of the graph, float or on codes already.
         widths: of the layer.
         selector: of a target, with the latencies that are known of it.
     """
     lone = _lone_layer(graph, graph[layer.name], widths)
     choice = selector.choose(lone, lone[layer.name])
-    return Expectation(choice.kind, choice.rates[choice.kind] / choice.rates["int8"], choice.chosen)
+    rate = choice.rates[choice.kind]
+    return Expectation(choice.kind, rate / choice.rates["int8"], rate, choice.chosen)
 
 
 def expect_plan(
@@ -50,6 +53,13 @@ def expect_plan(
     }
 
 
+def total_gain(expected: Mapping[Layer, Expectation]) -> float:
+    """How many times faster than on int8 kernels layers are together."""
+    own = sum(layer.macs / found.rate for layer, found in expected.items())
+    int8 = sum(layer.macs / found.rate * found.gain for layer, found in expected.items())
+    return int8 / own if own else 1.0
+
+
 def _lone_layer(graph: Graph, node: Node, widths: Precision) -> Graph:
     """The layer as the kernel selector sees it: quantized, channels last, alone.
 
@@ -59,12 +69,12 @@ def _lone_layer(graph: Graph, node: Node, widths: Precision) -> Graph:
     shape, out = graph.shape(node.inputs[0]), graph.shape(node.output)
     attrs = {
         **node.attrs,
-        "zero_point": 0,
+        "zero_point": node.attrs.get("zero_point", 0),
         "weight_bits": widths.weight,
         "activation_bits": widths.activation,
         "weight_levels": "odd" if widths.weight == 1 else "signed",
     }
-    if node.op == "Conv":
+    if node.op in ("Conv", "IntConv"):
         op, stored = "IntConv", weight.shape
         shape, out = (shape[0], *shape[2:], shape[1]), (out[0], *out[2:], out[1])
     else:

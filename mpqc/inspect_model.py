@@ -6,16 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mpqc import importer, pipeline
-from mpqc.graph import Graph, Node, Precision, TensorType
+from mpqc.forecast import Expectation, expect, total_gain
+from mpqc.graph import QUANTIZED_OPS, Graph, Node, Precision, TensorType
 from mpqc.passes.estimate_cost import estimate_cost
-from mpqc.passes.find_layers import Layer, find_float_layers, find_layers
+from mpqc.passes.find_layers import (
+    Layer,
+    find_float_layers,
+    find_integer_layers,
+    find_layers,
+)
 from mpqc.plan import Plan
 from mpqc.target import Target
 
 UNIFORM = tuple(Precision(bits, bits) for bits in (8, 4, 2, 1))
+AS_GIVEN = "as given"
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class LayerRow:
         op: ONNX operator.
         input, output: shapes.
         macs, weights: counts; 0 where it stays in float.
-        reason: why it stays in float; empty when it can be quantized.
+        widths: "w2a4" where the model brings them; empty where it is float.
+        reason: why it stays in float; empty when it can be quantized, or is already.
     """
 
     name: str
@@ -36,6 +42,7 @@ class LayerRow:
     output: tuple[int, ...]
     macs: int
     weights: int
+    widths: str
     reason: str
 
     @property
@@ -54,10 +61,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class UniformCost:
-    """Costs with every quantizable layer at one precision; ``float`` is the model as it is.
+    """Costs with every quantizable layer at one precision.
 
     Attributes:
-        widths: "w4a4" or "float".
+        widths: "w4a4"; "float" or, where layers are quantized already, "as given" for the model
+            as it is; "others w4a4" with its float layers at one precision.
         bitops: sum over the layers.
         size: of the weights [bytes].
         scale_bytes, bias_bytes: beside them.
@@ -71,26 +79,15 @@ class UniformCost:
 
 
 @dataclass(frozen=True)
-class Expectation:
-    """What the kernel model expects of one layer at one precision.
-
-    Attributes:
-        kernel: that would be chosen.
-        gain: how many times faster than the int8 kernel.
-    """
-
-    kernel: str
-    gain: float
-
-
-@dataclass(frozen=True)
 class Forecast:
     """Kernels on one target, before anything is measured.
 
     Attributes:
         target: name.
-        layers: layer -> widths -> expectation.
-        gains: widths -> gain over int8 of all quantizable layers together.
+        layers: layer -> widths -> expectation: of float layers at every uniform precision, of
+            quantized ones at theirs.
+        gains: widths -> gain over int8 of all float layers together; "as given" -> of all
+            quantized ones.
     """
 
     target: str
@@ -105,6 +102,7 @@ class Inspection:
     Attributes:
         nodes: number of operators after folding.
         operators: ONNX operator -> count, most frequent first.
+        kept: node of a quantized model -> why its arithmetic stays in float.
         problems: everything that cannot be compiled.
         forecast: None where no target was named.
     """
@@ -117,6 +115,7 @@ class Inspection:
     nodes: int
     operators: Mapping[str, int]
     layers: tuple[LayerRow, ...]
+    kept: Mapping[str, str]
     problems: tuple[Problem, ...]
     costs: tuple[UniformCost, ...]
     forecast: Forecast | None
@@ -128,8 +127,14 @@ class Inspection:
     @property
     def message(self) -> str:
         """One line for people."""
-        good = sum(row.quantizable for row in self.layers)
-        text = f"{good} of {len(self.layers)} layers can be quantized"
+        given = [row for row in self.layers if row.widths]
+        good = [row for row in self.layers if row.quantizable and not row.widths]
+        if given:
+            widths = ", ".join(sorted({row.widths for row in given}))
+            text = f"{len(given)} of {len(self.layers)} layers are quantized already ({widths})"
+            text += f", {len(good)} more can be" if good else ""
+        else:
+            text = f"{len(good)} of {len(self.layers)} layers can be quantized"
         if self.problems:
             return f"{text}; {len(self.problems)} nodes cannot be compiled"
         return f"{text}; everything can be compiled"
@@ -150,6 +155,7 @@ class Inspection:
             "nodes": self.nodes,
             "operators": dict(self.operators),
             "layers": [{**asdict(row), "quantizable": row.quantizable} for row in self.layers],
+            "kept": dict(self.kept),
             "problems": [asdict(problem) for problem in self.problems],
             "costs": [asdict(cost) for cost in self.costs],
             "forecast": None if self.forecast is None else asdict(self.forecast),
@@ -175,10 +181,15 @@ def inspect_model(
     """
     from mpqc import onnx_to_tir  # loads TVM
 
-    graph = pipeline.import_model(model, dims, batch)
-    layers = {layer.name: layer for layer in find_layers(graph)}
-    floats = {layer.name: layer.reason for layer in find_float_layers(graph)}
-    refused = onnx_to_tir.unsupported([node for node in graph if node.name not in layers], graph)
+    imported = pipeline.read_model(model, dims, batch)
+    graph = imported.graph
+    given = find_integer_layers(graph)
+    layers = {layer.name: layer for layer in (*given, *find_layers(graph))}
+    widths = {layer.name: precision for layer, precision in given.items()}
+    reasons = {layer.name: layer.reason for layer in find_float_layers(graph)}
+    reasons |= {name: why for name, why in imported.kept.items() if name in reasons}
+    others = [n for n in graph if n.name not in layers and n.op not in QUANTIZED_OPS]
+    refused = onnx_to_tir.unsupported(others, graph)
     return Inspection(
         model=model,
         sha256=importer.sha256(model),
@@ -188,17 +199,21 @@ def inspect_model(
         nodes=len(graph),
         operators=dict(Counter(node.op for node in graph).most_common()),
         layers=tuple(
-            _row(graph, node, layers.get(node.name), floats.get(node.name, ""))
+            _row(graph, node, layers.get(node.name), widths.get(node.name),
+                 reasons.get(node.name, ""))
             for node in graph
-            if node.name in layers or node.name in floats
+            if node.name in layers or node.name in reasons
         ),
+        kept=imported.kept,
         problems=tuple(Problem(node.name, node.op, reason) for node, reason in refused),
         costs=_costs(graph),
-        forecast=None if target is None else _forecast(graph, tuple(layers.values()), target),
-    )
+        forecast=None if target is None else _forecast(graph, target),
+    )  # fmt: skip
 
 
-def _row(graph: Graph, node: Node, layer: Layer | None, reason: str) -> LayerRow:
+def _row(
+    graph: Graph, node: Node, layer: Layer | None, widths: Precision | None, reason: str
+) -> LayerRow:
     source = next((value for value in node.inputs if value not in graph.constants), node.inputs[0])
     return LayerRow(
         node.name,
@@ -207,13 +222,17 @@ def _row(graph: Graph, node: Node, layer: Layer | None, reason: str) -> LayerRow
         graph.shape(node.output),
         layer.macs if layer else 0,
         layer.weights if layer else 0,
+        str(widths) if widths else "",
         reason,
     )
 
 
 def _costs(graph: Graph) -> tuple[UniformCost, ...]:
-    plans: dict[str, Plan | None] = {"float": None}
-    plans |= {str(widths): Plan.uniform(graph, widths, None) for widths in UNIFORM}
+    quantized = bool(find_integer_layers(graph))
+    plans: dict[str, Plan | None] = {AS_GIVEN if quantized else "float": None}
+    if find_layers(graph):
+        rest = "others " if quantized else ""
+        plans |= {f"{rest}{widths}": Plan.uniform(graph, widths, None) for widths in UNIFORM}
     costs = {name: estimate_cost(graph, plan) for name, plan in plans.items()}
     return tuple(
         UniformCost(name, cost.bitops, cost.size, cost.scale_bytes, cost.bias_bytes)
@@ -221,53 +240,20 @@ def _costs(graph: Graph) -> tuple[UniformCost, ...]:
     )
 
 
-# Forecast ------------------------------------------------------------------------------------
-
-
-def _forecast(graph: Graph, layers: tuple[Layer, ...], target: Target) -> Forecast:
+def _forecast(graph: Graph, target: Target) -> Forecast:
     from mpqc.select_kernel import Selector
 
     selector = Selector(target)
+    candidates = {AS_GIVEN: {**find_integer_layers(graph)}}
+    floats = find_layers(graph)
+    candidates |= {str(widths): dict.fromkeys(floats, widths) for widths in UNIFORM}
     rows: dict[str, dict[str, Expectation]] = {}
-    cycles: dict[str, list[float]] = {str(widths): [0.0, 0.0] for widths in UNIFORM}
-    for layer in layers:
-        rows[layer.name] = {}
-        for widths in UNIFORM:
-            lone = _lone_layer(graph, graph[layer.name], widths)
-            choice = selector.choose(lone, lone[layer.name])
-            own, int8 = choice.rates[choice.kind], choice.rates["int8"]
-            rows[layer.name][str(widths)] = Expectation(choice.kind, own / int8)
-            cycles[str(widths)][0] += layer.macs / int8
-            cycles[str(widths)][1] += layer.macs / own
-    gains = {widths: int8 / own for widths, (int8, own) in cycles.items() if own}
-    return Forecast(target.name, rows, gains)
-
-
-def _lone_layer(graph: Graph, node: Node, widths: Precision) -> Graph:
-    """The layer as the kernel selector sees it: quantized, channels last, alone.
-
-    Only shapes and the largest weight matter, so that all weights are that one.
-    """
-    weight = graph.constants[node.inputs[1]]
-    shape, out = graph.shape(node.inputs[0]), graph.shape(node.output)
-    attrs = {
-        **node.attrs,
-        "zero_point": 0,
-        "weight_bits": widths.weight,
-        "activation_bits": widths.activation,
-        "weight_levels": "odd" if widths.weight == 1 else "signed",
-    }
-    if node.op == "Conv":
-        op, stored = "IntConv", weight.shape
-        shape, out = (shape[0], *shape[2:], shape[1]), (out[0], *out[2:], out[1])
-    else:
-        op = "IntMatMul"
-        stored = (shape[-1], out[-1])
-    largest = max(1, 2 ** (widths.weight - 1) - 1)
-    return Graph(
-        {"codes": TensorType("uint8", shape)},
-        ["sums"],
-        [Node(node.name, op, ("codes", "weights"), ("sums",), attrs)],
-        {"weights": np.broadcast_to(np.int16(largest), stored)},
-        {"sums": TensorType("int32", out)},
-    )
+    gains = {}
+    for name, layers in candidates.items():
+        found = {layer: expect(graph, layer, widths, selector) for layer, widths in layers.items()}
+        for layer, expectation in found.items():
+            rows.setdefault(layer.name, {})[str(layers[layer])] = expectation
+        if found:
+            gains[name] = total_gain(found)
+    order = [node.name for node in graph if node.name in rows]
+    return Forecast(target.name, {name: rows[name] for name in order}, gains)

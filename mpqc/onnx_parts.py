@@ -94,6 +94,11 @@ def operators(model: bytes) -> frozenset[str]:
     return frozenset(node.op_type for node in _parse(model).graph.node)
 
 
+def values(model: bytes) -> frozenset[str]:
+    """Names of the values that a model computes."""
+    return frozenset(name for node in _parse(model).graph.node for name in node.output if name)
+
+
 def quantized_ranges(model: bytes) -> dict[str, tuple[float, float]]:
     """Range that each input's quantizer covers, of the inputs that are quantized directly.
 

@@ -470,7 +470,8 @@ def _manifest(
     target = options.target
     return {
         "mpqc_manifest": 1,
-        "model": {"file": model.name, "sha256": prepared.sha256},
+        "model": {"file": model.name, "sha256": prepared.sha256,
+                  "quantized": bool(find_integer_layers(prepared.graph))},
         "target": {"name": target.name, "arch": target.arch, "llvm": target.llvm,
                    "features": sorted(target.features)},
         "inputs": {n: {"dtype": t.dtype, "shape": t.shape} for n, t in program.inputs.items()},

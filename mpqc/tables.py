@@ -112,13 +112,16 @@ def verify_table(result: "Verification") -> RenderableType:
             f"{name} SQNR {'no noise' if noise is None else f'{noise:.1f} dB'}"
             for name, noise in agreement.sqnr_db.items()
         ]
-        lines.append(f"float model: {', '.join(facts)} ({agreement.samples} samples)")
+        name = "original model" if result.original else "float model"
+        lines.append(f"{name}: {', '.join(facts)} ({agreement.samples} samples)")
         if agreement.accuracy is not None and agreement.float_accuracy is not None:
             lines.append(
-                f"accuracy: {agreement.accuracy:.2%}; float model {agreement.float_accuracy:.2%}"
+                f"accuracy: {agreement.accuracy:.2%}; {name} {agreement.float_accuracy:.2%}"
             )
-    elif result.note:
+    elif result.note and not result.original:
         lines.append(f"float model not compared: {result.note}")
+    if result.original is not None:
+        lines.append(f"{result.original.file}: {result.original.message}")
     table = _table("values", ("value", "layer", "kernel", "against the reference"), rows)
     return Group(table, *_lines(*lines, result.message))
 
@@ -158,18 +161,19 @@ def inspect_table(result: "Inspection") -> RenderableType:
     layers = [
         (row.name, row.op, _shape(row.input), _shape(row.output),
          quantity(row.macs) if row.macs else "", quantity(row.weights) if row.weights else "",
-         "yes" if row.quantizable else f"no: {row.reason}")
+         row.widths or ("yes" if row.quantizable else f"no: {row.reason}"))
         for row in result.layers
     ]  # fmt: skip
     gains = result.forecast.gains if result.forecast else {}
     costs = [
         (cost.widths, quantity(cost.size, "B"), quantity(cost.scale_bytes + cost.bias_bytes, "B"),
-         quantity(cost.bitops), f"{gains[cost.widths]:.2f} x" if cost.widths in gains else "")
+         quantity(cost.bitops), _times(gains.get(cost.widths.removeprefix("others "))))
         for cost in result.costs
     ]  # fmt: skip
     columns = ["every layer at", ">weights", ">scales, biases", ">BitOPs", ">expected gain"]
     if not gains:
         columns, costs = columns[:-1], [row[:-1] for row in costs]  # type: ignore[misc]
+    told = {row.name for row in result.layers if row.reason}
     parts: list[RenderableType] = [
         *_lines(f"model    {result.model} (opset {result.opset})", *types),
         *_lines(f"nodes    {result.nodes}: {operators}"),
@@ -180,6 +184,9 @@ def inspect_table(result: "Inspection") -> RenderableType:
     ]
     if result.forecast:
         parts += _forecast(result.forecast)
+    kept = {name: why for name, why in result.kept.items() if name not in told}
+    if kept:
+        parts.append(_table("stays in float", ("node", "why"), kept.items()))
     if result.problems:
         rows = [(problem.node, problem.op, problem.reason) for problem in result.problems]
         parts.append(_table("cannot be compiled", ("node", "op", "why, and what to do"), rows))
@@ -189,13 +196,17 @@ def inspect_table(result: "Inspection") -> RenderableType:
 def _forecast(forecast: "Forecast") -> list[RenderableType]:
     if not forecast.layers:
         return []
-    widths = list(forecast.gains)
+    columns = list(dict.fromkeys(widths for by in forecast.layers.values() for widths in by))
     rows = [
-        (name, *(f"{by[w].kernel} {by[w].gain:.2f} x" for w in widths))
+        (name, *(f"{by[w].kernel} {by[w].gain:.2f} x" if w in by else "" for w in columns))
         for name, by in forecast.layers.items()
     ]
     title = f"kernels expected on {forecast.target}, and their speed against int8 kernels"
-    return [_table(title, ("layer", *widths), rows)]
+    return [_table(title, ("layer", *columns), rows)]
+
+
+def _times(gain: float | None) -> str:
+    return "" if gain is None else f"{gain:.2f} x"
 
 
 def doctor_table(found: Sequence["Check"]) -> RenderableType:

@@ -23,6 +23,7 @@ from mpqc.errors import ArtifactError, MpqcError, UsageError
 from mpqc.graph import Array, Graph, TensorType
 from mpqc.packing import bytes_to_codes
 from mpqc.runtime import CompiledModel, Model, Steps
+from mpqc.verify_original import Original, OriginalComparison
 
 if TYPE_CHECKING:
     from mpqc.boards.board import Board
@@ -100,6 +101,8 @@ class Verification:
         source: of the samples, in words.
         agreement: with the float model; None where that is not at hand.
         note: why there is no agreement; empty when there is.
+        original: beside the quantized model that was compiled; None for float models, and where
+            the file is not at hand.
     """
 
     passed: bool
@@ -109,6 +112,7 @@ class Verification:
     source: str
     agreement: Agreement | None = None
     note: str = ""
+    original: Original | None = None
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -120,6 +124,8 @@ class Verification:
         where = f"on {self.samples} {'sample' if self.samples == 1 else 'samples'} of {self.source}"
         wrong = [row for row in self.rows if row.status == "wrong"]
         outputs = _count(len(self.outputs), "output")
+        if self.original is not None and not self.original.passed:
+            return f"FAILED: {self.original.message}, {where}"
         if not self.passed:
             first = (wrong or list(self.outputs))[0]
             place = f"{first.value} ({first.layer}): {first.verdict}"
@@ -166,7 +172,12 @@ class Verification:
             "layers": [row(entry) for entry in self.layers],
             "agreement": None if self.agreement is None else asdict(self.agreement),
             "note": self.note,
-        }
+            "original": None if self.original is None else {
+                **asdict(self.original), "passed": self.original.passed,
+                "codes": self.original.codes, "ties": self.original.ties,
+                "message": self.original.message,
+            },
+        }  # fmt: skip
 
 
 def input_graph(artifact: Artifact) -> Graph:
@@ -215,7 +226,7 @@ def verify(
         else:
             compiled = board.load(artifact)
         samples = _Samples.open(compiled, reference, data, max_samples, seed)
-        float_model, note = _float_model(artifact, model)
+        float_model, note = _source(artifact, model)
         comparison = _Comparison(compiled, reference)
         agreement = None if float_model is None else _Agreeing(samples.labels)
         outputs: dict[str, Row] = {}
@@ -225,12 +236,15 @@ def verify(
             _merge(outputs, _compare_outputs(got, expected))
             if float_model is not None and agreement is not None:
                 try:
-                    agreement.add(got, float_model.run(feed), done, valid)
+                    agreement.add(got, float_model.session.run(feed), done, valid)
                 except MpqcError as error:
                     agreement, note = None, f"the float model does not take these inputs: {error}"
             done += valid
             if progress is not None:
                 progress(done)
+        original = None
+        if board is None and float_model is not None and float_model.graph is not None:
+            original = _beside_original(float_model, float_model.graph, comparison, samples)
         inside: dict[str, Row] = {}
         if layers or any(row.status != "exact" for row in outputs.values()):
             for feed, _ in samples.feeds():
@@ -240,14 +254,28 @@ def verify(
             outputs = {n: replace(r, status=_floated(r.status)) for n, r in outputs.items()}
         result = agreement.result() if agreement is not None else None
     return Verification(
-        passed,
+        passed and (original is None or original.passed),
         tuple(outputs.values()),
         tuple(inside.values()),
         done,
         samples.source,
         result,
         note if result is None else "",
+        original,
     )
+
+
+def _beside_original(
+    source: "_Source", graph: Graph, comparison: "_Comparison", samples: "_Samples"
+) -> Original:
+    """The quantized file that was compiled, step by step beside the compiled model."""
+    beside = OriginalComparison(
+        source.name, graph, source.session, source.whole,
+        comparison.reference, comparison.types, comparison.compiled.outputs,
+    )  # fmt: skip
+    for feed, valid in samples.feeds():
+        beside.add(comparison.own_values(feed), feed, valid)
+    return beside.result()
 
 
 def agree(
@@ -458,7 +486,7 @@ class _Comparison:
 
     def inner_values(self, feed: Mapping[str, Array]) -> list[Row]:
         """One sample: every tapped value, then the outputs, each with a verdict."""
-        own = self._own_values(feed)
+        own = self.own_values(feed)
         expected = {**feed, **self._exposed.run(feed)}
         rows = []
         steps = self.compiled.manifest["steps"]
@@ -470,7 +498,7 @@ class _Comparison:
                 rows.append(self._judge(name, "output", "", own, expected))
         return rows
 
-    def _own_values(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+    def own_values(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Run step by step and read each value before its memory serves another."""
         stepper = self.compiled.steps(feed)
         due: dict[int, list[str]] = {}
@@ -537,9 +565,10 @@ def read_tap(stepper: Steps, tap: Mapping[str, Any]) -> Array:
     stored = list(shape)
     for axis, source in enumerate(perm):  # stored.transpose(perm) is the graph's array
         stored[source] = shape[axis]
-    if tap["form"] == "planes":
+    if tap["form"] in ("planes", "words"):  # a GPU's words are the same bytes, in fours
         *pixels, channels = stored
-        kind = TensorType("uint8", (tap["bits"], *pixels, -(-channels // 8)))
+        pixel_bytes = -(-channels // 8) if tap["form"] == "planes" else 4 * -(-channels // 32)
+        kind = TensorType("uint8", (tap["bits"], *pixels, pixel_bytes))
         array = bytes_to_codes(stepper.read(tap["offset"], kind), channels)
     elif tap["form"] == "plain":
         array = stepper.read(tap["offset"], TensorType(tap["dtype"], tuple(stored)))
@@ -551,25 +580,67 @@ def read_tap(stepper: Steps, tap: Mapping[str, Any]) -> Array:
 # The float model -----------------------------------------------------------------------------
 
 
-def _float_model(artifact: Artifact, model: Path | None) -> tuple[Any, str]:
-    """Session of the float model, or None and why there is none."""
-    from mpqc.importer import sha256
+@dataclass(frozen=True)
+class _Source:
+    """The model that was compiled, in ONNX Runtime.
+
+    Attributes:
+        name: of its file.
+        session: the file itself, or its quantizers in standard operators.
+        whole: whether it is the file itself.
+        graph: operators in float between quantizers; None for a float model.
+    """
+
+    name: str
+    session: Any
+    whole: bool = True
+    graph: Graph | None = None
+
+
+def _source(artifact: Artifact, model: Path | None) -> tuple[_Source | None, str]:
+    """The model that was compiled, or None and why it is not at hand."""
     from mpqc.ort import Session
 
-    if model is None:
-        try:
-            report = artifact.report
-        except ArtifactError as error:
-            return None, str(error)
-        model = Path(report.get("model", ""))
-        if not model.is_file():
-            return None, f"the float model is not at {model}"
-        if sha256(model) != report.get("model_sha256"):
-            return None, f"{model} has changed since it was compiled"
+    path, note = _original_file(artifact, model)
+    if note:
+        return None, note
     try:
-        return Session(model), ""
+        if not artifact.manifest["model"].get("quantized"):
+            return _Source(path.name, Session(path)), ""
+        graph = _fake_quantized(artifact, path)
+        try:
+            return _Source(path.name, Session(path), True, graph), ""
+        except MpqcError:  # operators that ONNX Runtime does not have: QONNX
+            from mpqc.onnx_export import to_onnx
+
+            return _Source(path.name, Session(to_onnx(graph)), False, graph), ""
     except MpqcError as error:
         return None, str(error)
+
+
+def _fake_quantized(artifact: Artifact, path: Path) -> Graph:
+    from mpqc.pipeline import read_fake_quantized
+
+    report = artifact.report
+    return read_fake_quantized(path, report["dims"], report["batch"])[0]
+
+
+def _original_file(artifact: Artifact, model: Path | None) -> tuple[Path, str]:
+    """The file that was compiled, and why it is not at hand; empty when it is."""
+    from mpqc.importer import sha256
+
+    if model is not None:
+        return model, ""
+    try:
+        report = artifact.report
+    except ArtifactError as error:
+        return Path(), str(error)
+    path = Path(report.get("model", ""))
+    if not path.is_file():
+        return path, f"the float model is not at {path}"
+    if sha256(path) != report.get("model_sha256"):
+        return path, f"{path} has changed since it was compiled"
+    return path, ""
 
 
 @dataclass

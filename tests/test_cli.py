@@ -436,7 +436,7 @@ def test_compile_as_json(tmp_path: Path) -> None:
     }
     texts = sorted(dump.iterdir())
     assert [path.name[:2] for path in texts] == [f"{n:02d}" for n in range(1, len(texts) + 1)]
-    assert texts[0].name == "01-fold-batch-norm.txt"
+    assert texts[0].name == "01-read-quantizers.txt"
     first, last = texts[0].read_text(), texts[-1].read_text()
     assert "Conv(" in first
     assert "IntConv(" in last

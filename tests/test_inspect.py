@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 import mpqc.demo
@@ -57,13 +58,16 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     path = save(
         tmp_path / "m.onnx",
         [
-            helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "s", "z"], name="top"),
-            helper.make_node("DynamicQuantizeLinear", ["y"], ["more", "t", "u"], name="again"),
-            helper.make_node("Cast", ["codes"], ["y"], name="fine", to=TensorProto.FLOAT),
+            helper.make_node("MaxUnpool", ["x", "at"], ["y"], name="top", kernel_shape=[2, 2],
+                             strides=[2, 2]),
+            helper.make_node("MaxUnpool", ["z", "at"], ["u"], name="again", kernel_shape=[2, 2],
+                             strides=[2, 2]),
+            helper.make_node("Relu", ["x"], ["z"], name="fine"),
         ],
-        {"x": [1, 8]},
-        ["s", "t"],
-    )
+        {"x": [1, 1, 1, 2]},
+        ["y", "u"],
+        numpy_helper.from_array(np.array([[[[0, 2]]]]), "at"),
+    )  # fmt: skip
     result = CliRunner().invoke(app, ["inspect", str(path), "--json"])
     assert result.exit_code == 1, result.output
     problems = {p["node"]: p["reason"] for p in json.loads(result.stdout)["problems"]}

@@ -245,7 +245,7 @@ def test_refuses_weights_beyond_eight_bits() -> None:
     graph = Graph.parse(
         """
         %q = Input() : u8[1,2]
-        %w = Constant() {value=[130, 7]} : i16[2,1]
+        %w = Constant() {value=[130, -128]} : i16[2,1]
         %y = IntMatMul(%q, %w) {zero_point=0} : i32[1,1]
         return %y
         """
