@@ -16,7 +16,14 @@ from tvm.s_tir import Schedule
 from mpqc import compute, compute_winograd
 from mpqc.compute import Window
 from mpqc.graph import TensorType
-from mpqc.schedules import conv_cpu, pack_script, pad_script, simple_cpu, winograd_cpu
+from mpqc.schedules import (
+    conv_cpu,
+    pack_script,
+    pad_script,
+    simple_cpu,
+    table_script,
+    winograd_cpu,
+)
 from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
@@ -463,10 +470,21 @@ def lut_kernel(
     )
 
 
-def expand_kernel(pixels: int, channels: int) -> Kernel:
+def expand_kernel(pixels: int, channels: int, arch: str = "") -> Kernel:
     """Codes [pixels * channels] -> tables [pixels * ceil(channels/4), 16]."""
+    if arch == "x86_64" and table_script.expands(pixels * channels, channels):
+        func, kinds = table_script.expand(pixels * channels)
+        return Kernel(func, (kinds[0],), (kinds[1],), "expand")
     codes = te.placeholder((pixels * channels,), "uint8", "codes")
     return _kernel([codes], [compute.expand_rows(codes, channels)], simple_cpu.expand, "expand")
+
+
+def code_sum_kernel(layer: Layer, arch: str) -> Kernel | None:
+    """Arguments: codes; int32 [N, OH, OW, 1]. None where ``row_sum_kernel`` is faster."""
+    if arch != "x86_64" or not table_script.adds(layer.image[3]):
+        return None
+    func, kinds = table_script.code_sum(layer.window, layer.image)
+    return Kernel(func, (kinds[0],), (kinds[1],), "window sum")
 
 
 def row_sum_kernel(layer: Layer) -> Kernel:

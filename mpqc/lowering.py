@@ -42,6 +42,8 @@ from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.select_kernel import Choice, Selector
 from mpqc.target import Target, llvm_target
 
+TABLES = ".tables"  # behind the name of the codes that they are made of
+
 
 def lower(graph: Graph, target: Target, selector: Selector) -> Program:
     """Lower a graph after ``ChannelsLast``.
@@ -262,9 +264,8 @@ class _Lowering:
             inputs.append(self._constant(f"{node.name}.correction", correction))
         if choice.kind != "int8" and layer.odd:
             name = f"{node.name}.sums"
-            planes = choice.kind == "bitplane"
-            sums = (kernels.window_sum_kernel if planes else kernels.row_sum_kernel)(layer)
-            self._call(sums, [data], [name], node.name, "window_sum")
+            source, sums = self._sums(data, choice)
+            self._call(sums, [source], [name], node.name, "window_sum")
             inputs.append(name)
         outputs = [spec.output for spec in specs]
         if choice.kind == "bitplane":
@@ -324,12 +325,22 @@ class _Lowering:
             self._call(kernel, [source], [key], value, "pad")
         return key
 
+    def _sums(self, data: str, choice: Choice) -> tuple[str, Kernel]:
+        """What adds up the codes under each window, and the buffer that it reads."""
+        layer = choice.layer
+        if choice.kind == "bitplane":
+            return data, kernels.window_sum_kernel(layer)
+        from_codes = kernels.code_sum_kernel(layer, self.target.arch)
+        if from_codes is not None:
+            return data.removesuffix(TABLES), from_codes
+        return data, kernels.row_sum_kernel(layer)
+
     def _tables(self, codes: str, layer: Layer) -> str:
         """Tables of partial sums of padded codes."""
-        name = f"{codes}.tables"
+        name = codes + TABLES
         if name not in self.program.buffers:
             n, h, w, channels = layer.image
-            kernel = kernels.expand_kernel(n * h * w, channels)
+            kernel = kernels.expand_kernel(n * h * w, channels, self.target.arch)
             self._call(kernel, [codes], [name], codes, "expand")
         return name
 

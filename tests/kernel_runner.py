@@ -103,6 +103,7 @@ class Built:
     kernel: Kernel
     library: Any
     sums: Any  # library of the window sums that odd levels need, or None
+    sums_of_codes: bool  # they are made of codes, not of what the kernel reads
     tables: Any  # library that makes what the kernel reads from codes, or None
     block: int
     taps: int
@@ -131,7 +132,7 @@ def _build(case: Case, kind: str, target: Target) -> Built:
             "q", lambda read: compute.requantize(read("y"), 1, 0, 7), 3, keep=True, planes=packs
         )
 
-    sums = tables = None
+    sums = tables = of_codes = None
     if kind == "bitplane":
         layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.bitplane_tile(layer, target)
@@ -148,9 +149,10 @@ def _build(case: Case, kind: str, target: Target) -> Built:
             layer, operands, outputs, tile, lookup_of(target.arch, tile.lanes)
         )
         n, h, w, channels = layer.image
-        tables = compiled(kernels.expand_kernel(n * h * w, channels), target)
+        tables = compiled(kernels.expand_kernel(n * h * w, channels, target.arch), target)
         if layer.odd:
-            sums = compiled(kernels.row_sum_kernel(layer), target)
+            of_codes = kernels.code_sum_kernel(layer, target.arch)
+            sums = compiled(of_codes or kernels.row_sum_kernel(layer), target)
     elif kind == "multiply-add":
         tile = kernels.grouped_tile(layer, target)
         outputs.append(coded(False))
@@ -168,7 +170,8 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         tile = kernels.dot_tile(layer, target, kind)
         outputs.append(coded(packs and tile.block % 8 == 0))
         kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind, case.chunk(layer.taps))
-    return Built(kernel, compiled(kernel, target), sums, tables, tile.block, layer.taps)
+    library = compiled(kernel, target)
+    return Built(kernel, library, sums, of_codes is not None, tables, tile.block, layer.taps)
 
 
 def compiled(kernel: Kernel, target: Target) -> Any:
@@ -250,7 +253,8 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
     if built.sums is not None:
         shape = built.kernel.inputs[len(arguments)].shape
         window_sums = tensor(np.zeros(shape, np.int32))
-        built.sums["main"](arguments[0], window_sums)
+        source = tensor(codes.reshape(-1)) if built.sums_of_codes else arguments[0]
+        built.sums["main"](source, window_sums)
         arguments.append(window_sums)
     arguments += [tensor(m), tensor(b)]
     results = [tensor(np.zeros(kind.shape, kind.dtype)) for kind in built.kernel.outputs]

@@ -16,7 +16,7 @@ from mpqc.schedules.dot_intrinsics import DOTS
 from mpqc.select_kernel import MOST_LUT_BITS
 from mpqc.target import TARGETS, Target, native
 from tests import kernel_runner
-from tests.kernel_runner import Case, assembly, compiled, run, tensor
+from tests.kernel_runner import Case, assembly, compiled, convolve, run, tensor
 
 V2, V3 = TARGETS["x86-64-v2"], TARGETS["x86-64-v3"]
 HERE = [
@@ -200,6 +200,34 @@ def test_packing_pads_every_group_with_zero_bits(channels: int, groups: int, bit
     np.testing.assert_array_equal(
         result.numpy(), packing.bits_to_bytes(padded.reshape(7, -1), bits)
     )
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize(("pixels", "channels"), [(1, 16), (5, 4), (3, 36), (2, 16), (40, 64)])
+@pytest.mark.parametrize("bits", [1, MOST_LUT_BITS])
+def test_tables_are_sums_of_four_codes(
+    pixels: int, channels: int, bits: int, target: Target
+) -> None:
+    kernel = kernels.expand_kernel(pixels, channels, target.arch)
+    codes = np.random.default_rng(bits).integers(0, 2**bits, pixels * channels).astype(np.uint8)
+    codes[:4] = 2**bits - 1
+    entries = np.arange(16)[:, None] >> np.arange(4) & 1
+    result = tensor(np.zeros(kernel.outputs[0].shape, np.uint8))
+    compiled(kernel, target)["main"](tensor(codes), result)
+    np.testing.assert_array_equal(result.numpy(), codes.reshape(-1, 4) @ entries.T)
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize("channels", [16, 48, 1024])
+def test_codes_are_added_up_under_each_window(channels: int, target: Target) -> None:
+    case = Case(Window(2, 3, 4, 3, 2, 2, 1, 1, 2), channels, 16, 1, 1, 6, "odd")
+    kernel = kernels.code_sum_kernel(case.layer, target.arch)
+    assert kernel is not None
+    codes = case.codes()
+    expected = convolve(codes, np.ones((1, channels, 3, 2), np.int16), case.window, 1)
+    result = tensor(np.zeros(kernel.outputs[0].shape, np.int32))
+    compiled(kernel, target)["main"](tensor(codes.reshape(-1)), result)
+    np.testing.assert_array_equal(result.numpy(), expected)
 
 
 # Extremes ------------------------------------------------------------------------------------

@@ -1,0 +1,136 @@
+"""What the lookup kernel of x86 needs beside weights, spelled out: tables and sums of codes.
+
+Of the plain expressions (``compute.expand_rows``, ``compute.row_sum``) LLVM makes two to three
+times as many instructions.
+"""
+
+from functools import reduce
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from mpqc.compute import Window
+from mpqc.graph import TensorType
+from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
+from mpqc.schedules.simple_cpu import SMALL, largest_factor
+
+STEP = 16  # codes of a step: four tables, or the bytes that one psadbw adds up
+MOST_LOADS = 64  # of a pixel: they are unrolled
+_TABLES = 64  # bytes that a step makes
+
+
+def expands(codes: int, channels: int) -> bool:
+    """Whether ``expand`` can: whole tables, and a step of them."""
+    return channels % 4 == 0 and codes >= STEP
+
+
+def expand(codes: int) -> tuple[Any, tuple[TensorType, TensorType]]:
+    """Codes [codes] of at most six bits -> tables [codes / 4, 16], as ``compute.expand_rows``.
+
+    Entry ``b`` of a table is a sum of the first two codes, chosen by ``b % 4``, and one of the last
+    two, chosen by ``b // 4``; the four sums of two codes are four bytes. The last step overlaps the
+    one before it where the codes are no multiple of a step.
+    """
+    steps, last = -(-codes // STEP), codes - STEP
+    inner = largest_factor(steps, 256)
+    loop = T.parallel if codes >= SMALL else T.serial
+    first = [4 * table + b % 4 for table in (0, 2) for b in range(16)]
+    second = [4 * table + b // 4 for table in (1, 3) for b in range(16)]
+
+    def sums(source: Any, start: Any) -> Any:
+        """The sums of two codes, eight times: 0, a, b, a + b."""
+        pairs = T.reinterpret(source.vload([start], "uint8x16"), dtype="uint16x8")
+        pairs = T.Cast("uint32x8", pairs)  # a + 2**8 b
+
+        def shifted(bits: int) -> Any:
+            return pairs << T.broadcast(tirx.const(bits, "uint32"), 8)
+
+        top = T.broadcast(tirx.const(0xFF000000, "uint32"), 8)
+        return T.reinterpret(shifted(8) + shifted(24) + (shifted(16) & top), dtype="uint8x32")
+
+    def tables(four: Any, half: int) -> Any:
+        """Two tables of the four."""
+        picked = [T.Shuffle([four], [half * 16 + i for i in places]) for places in (first, second)]
+        return picked[0] + picked[1]
+
+    @T.prim_func(s_tir=True)
+    def expanding(
+        codes_: T.Buffer((codes,), "uint8"), rows: T.Buffer((codes // 4, 16), "uint8")
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        flat = T.decl_buffer((codes * 4,), "uint8", data=rows.data)
+        for outer in loop(steps // inner):
+            with T.sblock("steps"):
+                T.reads()
+                T.writes()
+                for step in T.serial(inner):
+                    start = T.min((outer * inner + step) * STEP, last)
+                    flat.vstore([start * 4], tables(sums(codes_, start), 0))
+                    flat.vstore([start * 4 + _TABLES // 2], tables(sums(codes_, start), 1))
+
+    return expanding, (TensorType("uint8", (codes,)), TensorType("uint8", (codes // 4, 16)))
+
+
+def adds(channels: int) -> bool:
+    """Whether ``code_sum`` can."""
+    return channels % STEP == 0 and channels <= MOST_LOADS * STEP
+
+
+def code_sum(
+    window: Window, image: tuple[int, int, int, int]
+) -> tuple[Any, tuple[TensorType, TensorType]]:
+    """Codes [N * H * W * C] -> int32 [N, OH, OW, 1], their sum under each window.
+
+    Sums of pixels first, then of the window's: both fit int32.
+    """
+    n, height, width, channels = image
+    oh, ow, kh, kw = window.oh, window.ow, window.kh, window.kw
+    loop = T.parallel if n * height * width * channels >= SMALL else T.serial
+    absolute = llvm_intrinsic("llvm.x86.sse2.psad.bw")
+
+    def of_pixel(source: Any, pixel: Any) -> Any:
+        zero = T.broadcast(tirx.const(0, "uint8"), STEP)
+        eights = [
+            T.call_llvm_pure_intrin(
+                absolute, source.vload([pixel * channels + c], "uint8x16"), zero, dtype="uint64x2"
+            )
+            for c in range(0, channels, STEP)
+        ]
+        total = reduce(lambda a, b: a + b, eights)
+        return T.Cast("int32", T.Shuffle([total], [0]) + T.Shuffle([total], [1]))
+
+    def of_window(pixels: Any, image_: Any, y: Any, x: Any) -> Any:
+        line = image_ * height + y * window.sy
+        places = [
+            (line + ky * window.dy) * width + x * window.sx + kx * window.dx
+            for ky in range(kh)
+            for kx in range(kw)
+        ]
+        return reduce(lambda a, b: a + b, [pixels[place] for place in places])
+
+    @T.prim_func(s_tir=True)
+    def summing(
+        codes: T.Buffer((n * height * width * channels,), "uint8"),
+        sums: T.Buffer((n, oh, ow, 1), "int32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        pixels = T.alloc_buffer((n * height * width,), "int32")
+        for line in loop(n * height):
+            with T.sblock("pixels"):
+                T.reads()
+                T.writes()
+                for x in T.serial(width):
+                    pixels[line * width + x] = of_pixel(codes, line * width + x)
+        for row in loop(n * oh):
+            with T.sblock("windows"):
+                T.reads()
+                T.writes()
+                for x in T.serial(ow):
+                    sums[row // oh, row % oh, x, 0] = of_window(pixels, row // oh, row % oh, x)
+
+    kinds = (
+        TensorType("uint8", (n * height * width * channels,)),
+        TensorType("int32", (n, oh, ow, 1)),
+    )
+    return summing, kinds
