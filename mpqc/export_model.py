@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from mpqc import pipeline
 from mpqc.artifact import check_output, new_file
 from mpqc.data import Data
 from mpqc.errors import UsageError
@@ -13,8 +12,11 @@ from mpqc.graph import Graph, Precision
 from mpqc.passes.base import run
 from mpqc.passes.drop_dead import DropDead
 from mpqc.passes.fake_quantize_layers import FakeQuantizeLayers
+from mpqc.passes.find_layers import find_integer_layers
+from mpqc.passes.fold_batch_norm import FoldBatchNorm
+from mpqc.passes.fold_pad import FoldPad
 from mpqc.passes.round_layers import LayerProgress
-from mpqc.pipeline import Options, Progress
+from mpqc.pipeline import Options, Prepared, Progress, prepare, quantize, read_fake_quantized
 from mpqc.plan import Plan
 
 Format: TypeAlias = Literal["qdq", "qcdq", "qonnx", "integer"]
@@ -103,12 +105,12 @@ def export_model(
     if form not in FORMATS:
         raise UsageError(f"no format {form!r}: one of {', '.join(FORMATS)}")
     check_output(Path(output), overwrite)
-    prepared = pipeline.prepare(
+    prepared = prepare(
         model, options, plan=plan, bits=bits, ends=ends, data=data, residual_bits=residual_bits,
         dims=dims, batch=batch, force=force, progress=progress,
         calibration_progress=calibration_progress, rounding_progress=rounding_progress,
     )  # fmt: skip
-    if not prepared.plan.layers:
+    if not prepared.whole_plan.layers:
         raise UsageError(
             f"{model} holds no quantized layer to export: give --plan or --bits, or a model that "
             "is quantized already"
@@ -116,7 +118,7 @@ def export_model(
     progress("export")
     from mpqc import onnx_quantized  # needs onnx's converter
 
-    graph = _quantized(prepared, form, options)
+    graph = _quantized(prepared, form, options, lambda: read_fake_quantized(model, dims, batch)[0])
     if form == "integer":
         written = onnx_quantized.to_integer(graph)
     else:
@@ -128,18 +130,24 @@ def export_model(
     return Exported(Path(output), form, len(written), opset, widths)
 
 
-def _quantized(prepared: pipeline.Prepared, form: Format, options: Options) -> Graph:
-    """The integer graph, or the float graph between its quantizers."""
+def _quantized(
+    prepared: Prepared, form: Format, options: Options, given: Callable[[], Graph]
+) -> Graph:
+    """The integer graph, or the float graph between its quantizers.
+
+    Layers that the model brought quantized keep the quantizers that it ``given`` them.
+    """
     correct = options.accuracy.bias_correction
     if form == "integer":
-        return pipeline.quantize(
+        return quantize(
             prepared.graph, prepared.plan, prepared.calibration, options.method, None,
             prepared.rounded, correct,
         )  # fmt: skip
-    return run(
-        prepared.graph,
-        FakeQuantizeLayers(
-            prepared.plan, prepared.calibration, options.method, correct, prepared.rounded
-        ),
-        DropDead(),
+    graph = prepared.graph
+    if find_integer_layers(graph):
+        folded = (FoldBatchNorm(), FoldPad()) if prepared.plan.layers else ()
+        graph = run(given(), *folded, DropDead())
+    planned = FakeQuantizeLayers(
+        prepared.plan, prepared.calibration, options.method, correct, prepared.rounded
     )
+    return run(graph, planned, DropDead())
