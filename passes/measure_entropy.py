@@ -9,14 +9,14 @@ from mpqc.graph import Array, Graph
 from mpqc.passes.find_layers import weight_matrix
 from mpqc.quantizers import quantize_weights
 
-Step: TypeAlias = Literal["channel", "layer"]
+Step: TypeAlias = Literal["layer", "lsq", "channel"]
 
 
 def measure_entropy(
     graph: Graph,
     layers: Iterable[str],
     bits: int = 4,
-    step: Step = "channel",
+    step: Step = "layer",
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> dict[str, float]:
     """Entropy of the codes of each layer's weights.
@@ -25,8 +25,9 @@ def measure_entropy(
         graph: float.
         layers: names.
         bits: width of the codes.
-        step: ``channel``: codes as the compiler makes them, a scale of least squared error for
-            each output channel; ``layer``: one step a layer, LSQ's initial 2 mean|w| / sqrt(Qp).
+        step: ``layer``: one step a layer, of least squared error; ``lsq``: one step a layer, with
+            which LSQ begins to train, 2 mean|w| / sqrt(Qp); ``channel``: codes as the compiler
+            makes them, a step of least squared error for each output channel.
         progress: called with what was measured, and how many layers of how many are done.
 
     Returns:
@@ -37,8 +38,10 @@ def measure_entropy(
     for done, name in enumerate(names):
         node = graph[name]
         weights = weight_matrix(graph, node)
-        if step == "layer":
-            codes = layer_codes(weights, bits)
+        if step == "lsq":
+            codes = lsq_codes(weights, bits)
+        elif step == "layer":
+            codes = quantize_weights(weights.reshape(1, -1), bits, 0).values
         else:
             codes = quantize_weights(weights, bits, 0 if node.op == "Conv" else 1).values
         found[name] = entropy(codes)
@@ -46,7 +49,7 @@ def measure_entropy(
     return found
 
 
-def layer_codes(weights: Array, bits: int) -> Array:
+def lsq_codes(weights: Array, bits: int) -> Array:
     """Integers ``clip(round(w / s), -2**(bits-1), 2**(bits-1) - 1)`` with one s for all."""
     half = 2 ** (bits - 1)
     top = max(half - 1, 1)

@@ -166,7 +166,8 @@ def search_plan(
     if found := problem.problems(precisions(plan)):
         raise PlanError(f"method {name!r} broke the rules: {'; '.join(found)}")
     uniform = _uniform(problem)
-    noise = confirm(problem, plan, uniform) if confirmed else {}
+    trains = "trainer" in getattr(plugin, "needs", ())  # such plans are fine-tuned: noise says less
+    noise = confirm(problem, plan, uniform) if confirmed and not trains else {}
     if uniform is not None and noise and noise["uniform"] < noise["plan"]:
         plan = uniform
     return SearchResult(plan, problem, scores, uniform, noise)

@@ -25,6 +25,7 @@ BUILT_IN: Mapping[str, str] = {
     "hawq": "mpqc.search.hawq:Hawq",
     "sensitivity": "mpqc.search.sensitivity:Sensitivity",
     "exchange": "mpqc.search.exchange:Exchange",
+    "ebs": "mpqc.search.ebs:Ebs",
     "reverse": "mpqc.search.baselines:Reverse",
     "random": "mpqc.search.baselines:Random",
 }

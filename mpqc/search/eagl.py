@@ -28,7 +28,7 @@ class Eagl(ScoreSearch):
     widths = (2, 4)
 
     code_bits: int = 4
-    step: Step = "channel"
+    step: Step = "layer"
     gain: Gain = "scaled"
     times_weights: bool = False
 

@@ -9,14 +9,16 @@ from mpqc.errors import UsageError
 from mpqc.graph import Graph
 from mpqc.histogram import squared_error
 from mpqc.passes.find_layers import Layer, weight_matrix
+from mpqc.passes.measure_compensation import measure_compensation
 from mpqc.passes.measure_curvature import measure_curvature
 from mpqc.passes.measure_perturbation import Metric
 from mpqc.quantizers import quantize_weights
+from mpqc.rounding import Accuracy, Rounding
 from mpqc.search.base import ScoreSearch
 from mpqc.search.cache import calibrated, held, ledger
 from mpqc.search.problem import Problem
 from mpqc.search.scores import Scores
-from mpqc.search.sensitivity import check_samples
+from mpqc.search.sensitivity import check_samples, open_widths
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Hawq(ScoreSearch):
         samples: of the data, at most.
         probes: random directions a batch, for the weights and for the input of each layer.
         metric: distance of outputs: sqnr or kl.
+        rounding: that the perturbation is of: gptq as the compiler does it, or nearest.
     """
 
     needs = frozenset({"data"})
@@ -34,6 +37,7 @@ class Hawq(ScoreSearch):
     samples: int = 256
     probes: int = 4
     metric: Metric = "sqnr"
+    rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
         check_samples("hawq", self.samples)
@@ -57,21 +61,38 @@ class Hawq(ScoreSearch):
         readers: dict[str, int] = {}
         for layer in problem.layers:
             readers[layer.input] = readers.get(layer.input, 0) + 1
+        weights, inputs = open_widths(problem)
+        left = None
+        if self.rounding != "nearest":
+            left = measure_compensation(
+                graph,
+                data,
+                calibration,
+                weights,
+                inputs,
+                accuracy=Accuracy(),
+                seed=problem.seed,
+                known=ledger(problem, data, "compensation", repr(Accuracy()), problem.seed),
+                progress=problem.progress,
+            )
         losses = {}
         for layer in problem.layers:
-            choices = problem.choices[layer.name]
+            value, choices = layer.input, problem.choices[layer.name]
             of_weights = {
-                bits: curvature.weights[layer.name] * weight_error(graph, layer, bits)
-                for bits in {choice.weight for choice in choices}
+                bits: curvature.weights[layer.name]
+                * weight_error(graph, layer, bits)
+                * (1.0 if left is None else left.weights[layer.name][bits])
+                for bits in weights.get(layer.name, ())
             }
             of_input = {
-                bits: curvature.activations[layer.input]
-                * activation_error(calibration, layer.input, bits)
-                / readers[layer.input]
-                for bits in {choice.activation for choice in choices}
+                bits: curvature.activations[value]
+                * activation_error(calibration, value, bits)
+                * (1.0 if left is None else left.activations[value][bits])
+                / readers[value]
+                for bits in inputs.get(value, ())
             }
             losses[layer.name] = {
-                choice: of_weights[choice.weight] + of_input[choice.activation]
+                choice: of_weights.get(choice.weight, 0.0) + of_input.get(choice.activation, 0.0)
                 for choice in choices
             }
         return Scores(losses, "Hessian trace x perturbation")

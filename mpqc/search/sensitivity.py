@@ -1,6 +1,5 @@
 """sensitivity: loss of the outputs, layer by layer and width by width."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mpqc.errors import UsageError
@@ -36,26 +35,28 @@ class Sensitivity(ScoreSearch):
         graph, data = problem.need_data("sensitivity")
         data = held(data.sample(self.samples, problem.seed))
         calibration = calibrated(problem, graph, data)
+        weights, inputs = open_widths(problem)
         table = measure_sensitivity(
             graph,
             data,
             calibration,
-            {layer.name: _widths(problem, layer.name, "weight") for layer in problem.layers},
-            {layer.input: _widths(problem, layer.name, "activation") for layer in problem.layers},
+            weights,
+            inputs,
             metric=self.metric,
             accuracy=None if self.rounding == "nearest" else Accuracy(),
             seed=problem.seed,
             known=ledger(problem, data, "sensitivity", *self._key(problem)),
             progress=problem.progress,
         )
-        readers = {layer.input: 0 for layer in problem.layers}
+        readers: dict[str, int] = {}
         for layer in problem.layers:
-            readers[layer.input] += 1
+            readers[layer.input] = readers.get(layer.input, 0) + 1
         losses = {
             layer.name: {
-                choice: table.weights[layer.name][choice.weight]
+                choice: table.weights.get(layer.name, {}).get(choice.weight, 0.0)
                 # layers with a common input share its loss
-                + table.activations[layer.input][choice.activation] / readers[layer.input]
+                + table.activations.get(layer.input, {}).get(choice.activation, 0.0)
+                / readers[layer.input]
                 for choice in problem.choices[layer.name]
             }
             for layer in problem.layers
@@ -76,5 +77,16 @@ def check_samples(method: str, samples: int) -> None:
         raise UsageError(f"{method}: samples is at least 1, got {samples}")
 
 
-def _widths(problem: Problem, name: str, key: str) -> Iterable[int]:
+def open_widths(problem: Problem) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Widths of weights by layer and of activations by value, where there is a choice.
+
+    What a pinned width loses, every plan loses: it need not be measured.
+    """
+    weights = {layer.name: _widths(problem, layer.name, "weight") for layer in problem.layers}
+    inputs = {layer.input: _widths(problem, layer.name, "activation") for layer in problem.layers}
+    kept = [{name: row for name, row in w.items() if len(row) > 1} for w in (weights, inputs)]
+    return kept[0], kept[1]
+
+
+def _widths(problem: Problem, name: str, key: str) -> list[int]:
     return sorted({getattr(choice, key) for choice in problem.choices[name]})

@@ -192,9 +192,9 @@ class SearchContract:
             np.random.set_state(state)
 
     @pytest.mark.parametrize("objective", ["bitops", "size"])
-    def test_a_narrower_budget_never_costs_more(self, objective: str) -> None:
+    def test_a_narrower_budget_never_costs_more(self, objective: str, tmp_path: Path) -> None:
         """Costs rise with the budget, from that of the cheapest plan to that of the widest."""
-        base = toy_problem()
+        base = toy_problem(cache=tmp_path)
         low = base.cost(cheapest(base, objective), objective)
         high = base.cost({name: Precision(8, 8) for name in base.choices}, objective)
         spent = []

@@ -16,7 +16,7 @@ class TestEagl(SearchContract):
 
 class TestEaglMin(SearchContract):
     method = "eagl"
-    options = {"gain": "min", "step": "layer", "times_weights": "true"}  # noqa: RUF012
+    options = {"gain": "min", "step": "lsq", "times_weights": "true"}  # noqa: RUF012
 
 
 class TestProgressive(SearchContract):
@@ -30,15 +30,33 @@ class TestProgressiveByLayer(SearchContract):
 
 class TestHawq(SearchContract):
     method = "hawq"
+    options = {"rounding": "nearest"}  # noqa: RUF012
+
+
+@pytest.mark.slow
+class TestHawqFitted(SearchContract):
+    method = "hawq"
 
 
 class TestSensitivity(SearchContract):
+    method = "sensitivity"
+    options = {"rounding": "nearest"}  # noqa: RUF012
+
+
+@pytest.mark.slow
+class TestSensitivityFitted(SearchContract):
     method = "sensitivity"
 
 
 class TestExchange(SearchContract):
     method = "exchange"
-    options = {"rounds": "2", "builds": "3"}  # noqa: RUF012
+    options = {"rounds": "1", "builds": "2"}  # noqa: RUF012
+
+
+@pytest.mark.slow
+class TestExchangeOften(SearchContract):
+    method = "exchange"
+    options = {"rounds": "3", "builds": "4"}  # noqa: RUF012
 
 
 class TestReverse(SearchContract):
@@ -53,4 +71,5 @@ class TestRandom(SearchContract):
 @pytest.mark.parametrize("name", base.BUILT_IN)
 def test_every_method_is_tested(name: str) -> None:
     tested = {case.method for case in SearchContract.__subclasses__()}
-    assert name in tested
+    if "trainer" not in base.load(name).needs:  # those are in tests/train
+        assert name in tested

@@ -1,0 +1,51 @@
+"""ebs: strengths of all widths over one set of meta weights, trained with them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mpqc.errors import UsageError
+from mpqc.search.problem import Problem
+from mpqc.search.scores import Scores
+from mpqc.search.trained import TrainedSearch
+
+
+@dataclass(frozen=True)
+class Ebs(TrainedSearch):
+    """Efficient bitwidth search: strengths of widths over shared meta weights (arXiv 2003.07577).
+
+    Attributes:
+        strengths: ``deterministic``: softmax; ``stochastic``: Gumbel-softmax samples of it.
+        price: weight of the budgets' excess in what strengths minimise.
+        strength_lr: learning rate of the strengths.
+        strength_optimizer: adam, or sgd with momentum 0.9.
+        temperature: of the stochastic strengths, at the start; falls exponentially to a tenth.
+        warmup: share of the epochs in which only weights learn.
+        level: ``two``: strengths learn from samples of their own; ``one``: from the same batches.
+        weights_share: of the samples for the weights, with two levels.
+        quantizer: ``dorefa``: DoReFa weights and PACT inputs; ``lsq``: learned steps.
+        alpha: clips of PACT: one a width (``branch``), or one an input (``shared``).
+    """
+
+    widths = (1, 2, 3, 4, 5)
+
+    strengths: Literal["deterministic", "stochastic"] = "deterministic"
+    price: float = 2.0
+    strength_lr: float = 0.01
+    strength_optimizer: Literal["adam", "sgd"] = "adam"
+    temperature: float = 1.0
+    warmup: float = 0.1
+    level: Literal["one", "two"] = "two"
+    weights_share: float = 0.5
+    quantizer: Literal["dorefa", "lsq"] = "dorefa"
+    alpha: Literal["branch", "shared"] = "branch"
+
+    def __post_init__(self) -> None:
+        if not (self.price >= 0 and self.strength_lr > 0 and self.temperature > 0):
+            raise UsageError("ebs: strength_lr and temperature are positive, price not negative")
+        if not (0 <= self.warmup < 1 and 0 < self.weights_share < 1):
+            raise UsageError("ebs: warmup and weights_share are shares, below 1")
+
+    def learned(self, problem: Problem) -> Scores:
+        from mpqc.train.search.ebs import learned
+
+        return learned(problem, self)
