@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3  # of the largest magnitude, where float operators take part
 
+ORIGINAL_SAMPLES = 64  # that are followed step by step beside a quantized original
+
 Run: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Status = Literal["exact", "exact on own inputs", "float", "wrong"]
 _INTEGER = frozenset({"ConvInteger", "MatMulInteger", "Round"})
@@ -274,6 +276,8 @@ def _beside_original(
         comparison.reference, comparison.types, comparison.compiled.outputs,
     )  # fmt: skip
     for feed, valid in samples.feeds():
+        if beside.samples >= ORIGINAL_SAMPLES:
+            break
         beside.add(comparison.own_values(feed), feed, valid)
     return beside.result()
 

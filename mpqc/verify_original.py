@@ -78,6 +78,7 @@ class Original:
         else:
             equal = "all equal" if not self.ties else f"equal but for {self.ties} rounding ties"
             text = f"{self.codes} codes of {len(self.rows)} quantized values {equal}"
+            text += f" ({self.samples} samples)"
         text += (
             "; outputs equal"
             if not self.difference

@@ -9,23 +9,9 @@ from mpqc import numerics
 from mpqc.graph import Array, Attribute, Graph, Node, TensorType
 from mpqc.passes.base import Pass, fresh
 from mpqc.passes.fuse_requantize import clip_bounds, code_bounds
+from mpqc.passes.moves import moves
 
-# Operators whose outputs are a choice of their first operand's values (all operands' of Concat).
-MOVES = frozenset(
-    {
-        "Concat",
-        "Flatten",
-        "Identity",
-        "MaxPool",
-        "Pad",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
+SMALLEST_SCALE = 2.0**-100  # from here on 255 steps divided by one are 255 again
 
 
 @dataclass(frozen=True)
@@ -34,6 +20,9 @@ class CommuteQuantize(Pass):
 
         %y = MaxPool(%x)                    %x.q4 = Quantize(%x) {bits=4}
         %y.q4 = Quantize(%y) {bits=4}  =>   %y.q4 = MaxPool(%x.q4)
+
+        %y = Dequantize(%c) {scale=s}
+        %q = Quantize(%y) {scale=s}    =>   %c
 
     Exact, because rounding is monotone and MaxPool picks one of its values. Relu and Clip
     vanish into the bounds ``low`` and ``high`` of the Quantize. The moved operators compute on
@@ -57,6 +46,8 @@ def _step(graph: Graph) -> Graph | None:
         bounds = clip_bounds(graph, node)
         if bounds is not None and _float(graph, node) and _only_quantized(graph, node.output):
             return _absorbed(graph, node, bounds)
+        if (same := _same_codes(graph, node)) is not None:
+            return same
     return None
 
 
@@ -71,13 +62,13 @@ def _only_quantized(graph: Graph, value: str) -> bool:
 
 def _equal_quantizes(graph: Graph, node: Node) -> tuple[Node, ...]:
     """The Quantize nodes behind the node when they are all that reads it, and all alike."""
-    if node.op not in MOVES:
+    if not moves(node) and node.op not in ("Concat", "Pad"):
         return ()
     outputs = [value for value in node.outputs if value]
     data = node.inputs if node.op == "Concat" else node.inputs[:1]
     if any(graph.type(value).dtype != "float32" for value in data):
         return ()
-    if node.op == "MaxPool" and len(outputs) > 1:  # its second output are indices
+    if any(value in graph.constants for value in data):  # a table, of which few rows are read
         return ()
     if node.op == "Pad" and not _pads_with_constant(graph, node):
         return ()
@@ -87,6 +78,47 @@ def _equal_quantizes(graph: Graph, node: Node) -> tuple[Node, ...]:
     alike = all(dict(reader.attrs) == dict(readers[0].attrs) for reader in readers)
     returned = any(reader.output in graph.outputs for reader in readers)
     return readers if alike and not returned else ()
+
+
+def _same_codes(graph: Graph, node: Node) -> Graph | None:
+    """The codes themselves for a Quantize of what they stand for, clipped where it clips."""
+    told = graph.producer(node.inputs[0]) if node.op == "Quantize" else None
+    if told is None or told.op != "Dequantize" or node.output in graph.outputs:
+        return None
+    scale, zero_point = node.float_attr("scale"), node.int_attr("zero_point")
+    if (told.float_attr("scale"), told.int_attr("zero_point")) != (scale, zero_point):
+        return None
+    if scale < SMALLEST_SCALE:
+        return None
+    codes, nodes, constants = told.inputs[0], {other.name: other for other in graph}, {}
+    lowest, highest = _range(graph, codes)
+    top = 2 ** node.int_attr("bits") - 1
+    types = {}
+    limits = (("Max", max(node.int_attr("low", 0), lowest), lowest),
+              ("Min", min(node.int_attr("high", top), highest), highest))  # fmt: skip
+    del nodes[node.name]
+    for op, limit, reached in limits:
+        if limit != reached:
+            name, bound = (fresh(graph, f"{node.output}.{what}") for what in (op, f"{op}.bound"))
+            constants[bound] = np.array(limit, np.uint8)
+            types[name] = graph.type(node.output)
+            nodes[name] = Node(name, op, (codes, bound), (name,))
+            codes = name
+    renamed = [
+        replace(other, inputs=tuple(codes if v == node.output else v for v in other.inputs))
+        for other in nodes.values()
+    ]
+    return graph.with_(renamed, constants=constants, types=types)
+
+
+def _range(graph: Graph, codes: str) -> tuple[int, int]:
+    """Lowest and highest code that a value can have."""
+    node = graph.producer(codes)
+    while node is not None and moves(node):
+        node = graph.producer(node.inputs[0])
+    if node is None or node.op not in ("Quantize", "Requantize"):
+        return 0, 255
+    return node.int_attr("low", 0), node.int_attr("high", 2 ** node.int_attr("bits") - 1)
 
 
 def _pads_with_constant(graph: Graph, node: Node) -> bool:

@@ -11,12 +11,11 @@ from mpqc.numerics import along
 from mpqc.passes.base import Pass, fresh
 from mpqc.passes.drop_dead import DropDead
 from mpqc.passes.fold_batch_norm import Vector, next_affine
+from mpqc.passes.fuse_requantize import clip_bounds
+from mpqc.passes.moves import moves
 
 LAYERS = ("Conv", "Gemm", "MatMul")
-# Operators that give values of their first operand, elsewhere or fewer of them; MaxPool compares.
-MOVES = frozenset(
-    {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-)
+INTEGER_LAYERS = ("IntConv", "IntMatMul")
 ACCUMULATOR = 2**31  # int32
 
 
@@ -111,7 +110,7 @@ class _Writer:
                 return
             except _NotCodes as reason:
                 self.floats.append(FloatLayer(node.name, str(reason)))
-        self.nodes.append(node)
+        self.nodes.append(self._narrowed(node) if node.op in INTEGER_LAYERS else node)
 
     def graph(self) -> Graph:
         types = {**self.source.types, **self.types}
@@ -132,6 +131,21 @@ class _Writer:
         )
 
     # Layers ----------------------------------------------------------------------------------
+
+    def _narrowed(self, node: Node) -> Node:
+        """ConvInteger as the width of its operands: its types say 8 bits, whatever they hold."""
+        values = self.source.constants.get(node.inputs[1])
+        if values is None or node.str_attr("weight_levels", "signed") != "signed":
+            return node
+        attrs = dict(node.attrs)
+        brought = node.int_attr("activation_bits", 8)
+        attrs["activation_bits"] = min(brought, self._bits(node.inputs[0]))
+        if values.size and np.array_equal(np.abs(values), np.ones_like(values)):
+            return replace(node, attrs={**attrs, "weight_bits": 1, "weight_levels": "odd"})
+        low, high = int(values.min(initial=0)), int(values.max(initial=0))
+        bits = max(2, (-low - 1).bit_length() + 1 if low < 0 else 2, high.bit_length() + 1)
+        attrs["weight_bits"] = min(node.int_attr("weight_bits", 8), bits)
+        return replace(node, attrs=attrs)
 
     def _layer(self, node: Node) -> None:
         values, scale, bits, levels = self._weights(node)
@@ -301,11 +315,16 @@ class _Writer:
             return _Codes(
                 node.inputs[0], node.float_attr("scale"), node.int_attr("zero_point"), bits
             )
-        if node.op in MOVES and value == node.output:
-            return self._moved(node)
+        if node.op == "GlobalMaxPool":  # ONNX has none of codes
+            extents = self.source.shape(node.inputs[0])[2:]
+            node = replace(node, op="MaxPool", attrs={"kernel_shape": extents})
+        if moves(node):
+            return self._moved(node, value)
         if node.op == "Concat":
             return self._joined(node)
-        if node.op == "Relu":
+        if node.op == "Pad":
+            return self._padded(node)
+        if node.op in ("Relu", "Clip"):
             return self._clipped(node)
         if node.op in ("Add", "Sub", "Mul"):
             return self._shifted(node)
@@ -314,7 +333,7 @@ class _Writer:
     def _bits(self, codes: str) -> int:
         """Width of codes, through what moves them."""
         node = self.source.producer(codes)
-        while node is not None and node.op in MOVES | {"Concat"}:
+        while node is not None and (moves(node) or node.op in ("Concat", "Pad")):
             if node.op == "Concat":
                 return max(self._bits(name) for name in node.inputs)
             node = self.source.producer(node.inputs[0])
@@ -322,13 +341,55 @@ class _Writer:
             return 8  # an input of the model in codes
         return node.int_attr("bits")
 
-    def _moved(self, node: Node) -> _Codes:
+    def _moved(self, node: Node, value: str) -> _Codes:
         codes = self._codes(node.inputs[0])
-        if codes.channels is not None:
+        if codes.channels is not None and not self._keeps_channels(node, codes.channels):
             raise _NotCodes(f"{node.op} {node.name!r} moves values with a scale for each channel")
-        if node.op == "MaxPool" and len([name for name in node.outputs if name]) > 1:
-            raise _NotCodes("MaxPool gives indices too")
-        return self._emit_moved(node, node.output, (codes.value, *node.inputs[1:]), codes)
+        if len(node.outputs) == 1:
+            return self._emit_moved(node, value, (codes.value, *node.inputs[1:]), codes)
+        for output in filter(None, node.outputs):
+            name = fresh(self.source, f"{output}.codes")
+            self.types[name] = TensorType("uint8", self.source.shape(output))
+            self.known[output] = replace(codes, value=name)
+        outputs = tuple(name and self.known[name].value for name in node.outputs)
+        name = fresh(self.source, f"{node.name}.codes")
+        inputs = (codes.value, *node.inputs[1:])
+        self.nodes.append(replace(node, name=name, inputs=inputs, outputs=outputs))
+        return self.known[value]
+
+    def _keeps_channels(self, node: Node, factors: Array) -> bool:
+        """Whether each value stays in its channel, where an order is the same as of its codes."""
+        if node.op not in ("MaxPool", "Resize", "Identity"):
+            return False
+        before, after = (self.source.shape(name) for name in (node.inputs[0], node.output))
+        return before[:2] == after[:2] and bool((factors > 0).all())
+
+    def _padded(self, node: Node) -> _Codes:
+        """A Pad with values that have a code."""
+        codes = self._codes(node.inputs[0])
+        inputs = [codes.value, *node.inputs[1:]]
+        if node.str_attr("mode", "constant") == "constant":
+            given = node.inputs[2] if len(node.inputs) > 2 else ""
+            around = self.source.constants.get(given) if given else np.zeros(())
+            if around is None or codes.channels is not None:
+                raise _NotCodes(f"Pad {node.name!r} pads with a value that has no code")
+            code = self._code(codes, float(around.reshape(())))
+            if code is None or not 0 <= code < 2**codes.bits:
+                raise _NotCodes(f"Pad {node.name!r} pads with a value that has no code")
+            value = fresh(self.source, f"{node.output}.around")
+            self.constants[value] = np.array(code, np.uint8)
+            inputs[2:3] = [value]
+        elif codes.channels is not None:
+            raise _NotCodes(f"Pad {node.name!r} moves values with a scale for each channel")
+        return self._emit_moved(node, node.output, tuple(inputs), codes)
+
+    def _code(self, codes: _Codes, value: float) -> int | None:
+        """The code of a value of the whole tensor, out of range too; None between two codes."""
+        steps = float(np.rint((value - codes.shift) / codes.scale))
+        if abs(steps) > 2**24:
+            return None
+        told = np.float32(codes.scale) * np.float32(steps) + np.float32(codes.shift)
+        return int(steps) + codes.zero_point if told == np.float32(value) else None
 
     def _joined(self, node: Node) -> _Codes:
         parts = [self._codes(name) for name in node.inputs]
@@ -340,23 +401,44 @@ class _Writer:
         inputs = tuple(part.value for part in parts)
         return self._emit_moved(node, node.output, inputs, widest)
 
-    def _emit_moved(self, node: Node, value: str, inputs: tuple[str, ...], codes: _Codes) -> _Codes:
-        """The node once more, on codes: they tell ``value``."""
+    def _emit_moved(
+        self, node: Node, value: str, inputs: tuple[str, ...], codes: _Codes, like: str = ""
+    ) -> _Codes:
+        """The node once more, on codes: they tell ``value``, of the shape of ``like``."""
         name = fresh(self.source, f"{value}.codes")
-        self.types[name] = TensorType("uint8", self.source.shape(value))
+        self.types[name] = TensorType("uint8", self.source.shape(like or value))
         self.nodes.append(replace(node, name=name, inputs=inputs, outputs=(name,)))
         return replace(codes, value=name)
 
     def _clipped(self, node: Node) -> _Codes:
+        """A Relu or Clip at values that have codes, or that no value is beyond."""
         codes = self._codes(node.inputs[0])
-        if codes.shift or codes.channels is not None:
-            raise _NotCodes(f"Relu {node.name!r} clips values between two codes")
-        if not codes.zero_point:
-            return codes  # no code is below zero
-        zero = fresh(self.source, f"{node.output}.zero")
-        self.constants[zero] = np.array(codes.zero_point, np.uint8)
-        maximum = Node(node.name, "Max", (codes.value, zero))
-        return self._emit_moved(maximum, node.output, maximum.inputs, codes)
+        limits = clip_bounds(self.source, node)
+        if limits is None or codes.channels is not None:
+            raise _NotCodes(f"{node.op} {node.name!r} clips values between two codes")
+        low, high = (self._limit(node, codes, limit) for limit in limits)
+        for op, limit, reached in (
+            ("Max", low, low <= 0),
+            ("Min", high, high >= 2**codes.bits - 1),
+        ):
+            if not reached:
+                bound = fresh(self.source, f"{node.output}.{op.lower()}")
+                self.constants[bound] = np.array(limit, np.uint8)
+                made = Node(f"{node.name}.{op.lower()}", op, (codes.value, bound))
+                codes = self._emit_moved(made, bound, made.inputs, codes, node.output)
+        return codes
+
+    def _limit(self, node: Node, codes: _Codes, limit: float) -> int:
+        """The code at which a Clip cuts; the nearest end where that is beyond all codes."""
+        top = 2**codes.bits - 1
+        ends = (codes.scale * (end - codes.zero_point) + codes.shift for end in (0, top))
+        lowest, highest = ends
+        if limit <= lowest or limit >= highest:
+            return 0 if limit <= lowest else top
+        code = self._code(codes, limit)
+        if code is None:
+            raise _NotCodes(f"{node.op} {node.name!r} clips values between two codes")
+        return code
 
     def _shifted(self, node: Node) -> _Codes:
         """A constant added to all values, or channels of them multiplied."""

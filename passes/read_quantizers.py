@@ -10,6 +10,7 @@ from mpqc.graph import Array, Graph, Node, TensorType
 from mpqc.passes import read_qdq, read_qonnx, read_qoperator
 from mpqc.passes.base import Pass
 from mpqc.passes.drop_dead import DropDead
+from mpqc.passes.moves import moves
 from mpqc.passes.quantized_values import (
     INTEGER_BITS,
     MAX_FOLDED_ELEMENTS,
@@ -25,15 +26,6 @@ READERS: Mapping[str, Callable[[Reader, Node], None]] = {
     **read_qoperator.READERS,
     **read_qonnx.READERS,
 }
-
-# Operators that give integers as they got them, elsewhere or fewer of them.
-MOVES = frozenset(
-    {
-        *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand"),
-        *("Tile", "Identity", "MaxPool", "Split", "DepthToSpace", "SpaceToDepth"),
-    }
-)
-
 
 _RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike"})
 
@@ -116,13 +108,8 @@ def _moved(reader: Reader, node: Node) -> bool:
         return _joined(reader, node)
     if node.op == "Pad":
         return _padded(reader, node)
-    nearest = node.op == "Resize" and node.str_attr("mode", "nearest") == "nearest"
-    if not (node.op in MOVES or nearest) or not _is_narrow(reader, node.inputs[0]):
+    if not moves(node) or not _is_narrow(reader, node.inputs[0]):
         return False
-    if node.op == "MaxPool" and len(node.outputs) > 1:
-        return False
-    if node.str_attr("coordinate_transformation_mode") == "tf_crop_and_resize":
-        return False  # it makes up values outside
     given = reader.codes_of(node, node.inputs[0])
     outputs = []
     for name in node.outputs:

@@ -4,6 +4,7 @@ import pytest
 from mpqc import reference
 from mpqc.graph import Graph
 from mpqc.passes.commute_quantize import CommuteQuantize
+from mpqc.passes.drop_dead import DropDead
 
 QUANTIZE = "{bits=3, scale=0.25, zero_point=2}"
 
@@ -57,6 +58,11 @@ def test_pooling_moves_codes() -> None:
         ("%y = Pad(%x, %pads, %value)", "[1,2,4,5]"),
         ('%y = Pad(%x, %pads) {mode="reflect"}', "[1,2,4,5]"),
         ("%y = Concat(%x, %x) {axis=1}", "[1,4,3,4]"),
+        ("%y = Gather(%x, %zero) {axis=1}", "[1,1,3,4]"),
+        ("%y = Tile(%x, %times)", "[1,2,6,4]"),
+        ("%y = Expand(%x, %wide)", "[2,2,3,4]"),
+        ("%y = Resize(%x, %none, %twice)", "[1,2,6,8]"),
+        ("%y = DepthToSpace(%x) {blocksize=1}", "[1,2,3,4]"),
     ],
 )
 def test_moves_commute(line: str, shape: str) -> None:
@@ -71,6 +77,10 @@ def test_moves_commute(line: str, shape: str) -> None:
             %three = Constant() {{value=[3]}} : i64[1]
             %pads = Constant() {{value=[0,0,1,0,0,0,0,1]}} : i64[8]
             %value = Constant() {{value=[0.4]}} : f32[]
+            %times = Constant() {{value=[1,1,2,1]}} : i64[4]
+            %wide = Constant() {{value=[2,1,1,1]}} : i64[4]
+            %none = Constant() {{value=[]}} : f32[0]
+            %twice = Constant() {{value=[1.0,1.0,2.0,2.0]}} : f32[4]
             {line} : f32{shape} @moved
             %q = Quantize(%y) {QUANTIZE} : u8{shape}
             %z = Dequantize(%q) {{scale=0.25, zero_point=2}} : f32{shape}
@@ -80,6 +90,71 @@ def test_moves_commute(line: str, shape: str) -> None:
     )
     assert [node.name for node in after] == ["x.q3", "moved", "z"]
     assert after.type(after["moved"].output).dtype == "uint8"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '%y = Resize(%x, %none, %twice) {mode="linear"}',
+        '%y = Resize(%x, %none, %twice) {coordinate_transformation_mode="tf_crop_and_resize"}',
+    ],
+)
+def test_a_resize_that_makes_up_values_stays_where_it_is(line: str) -> None:
+    graph = Graph.parse(
+        f"""
+        %x = Input() : f32[1,1,2,2]
+        %none = Constant() {{value=[]}} : f32[0]
+        %twice = Constant() {{value=[1.0,1.0,2.0,2.0]}} : f32[4]
+        {line} : f32[1,1,4,4]
+        %q = Quantize(%y) {QUANTIZE} : u8[1,1,4,4]
+        return %q
+        """
+    )
+    assert str(CommuteQuantize()(graph)) == str(graph)
+
+
+def test_a_table_of_constants_is_looked_up_before_it_is_quantized() -> None:
+    graph = Graph.parse(
+        f"""
+        %i = Input() : i64[2]
+        %table = Constant() {{value=[0.5, 1.0, 1.5]}} : f32[3]
+        %y = Gather(%table, %i) : f32[2]
+        %q = Quantize(%y) {QUANTIZE} : u8[2]
+        %z = Dequantize(%q) {{scale=0.25, zero_point=2}} : f32[2]
+        return %z
+        """
+    )
+    assert str(CommuteQuantize()(graph)) == str(graph)
+
+
+@pytest.mark.parametrize(
+    ("attrs", "ops"),
+    [
+        ("{bits=3, scale=0.3, zero_point=2}", []),
+        ("{bits=8, scale=0.3, zero_point=2}", []),
+        ("{bits=2, scale=0.3, zero_point=2}", ["Min"]),
+        ("{bits=3, scale=0.3, zero_point=2, low=2}", ["Max"]),
+        ("{bits=3, scale=0.3, zero_point=2, low=1, high=6}", ["Max", "Min"]),
+        ("{bits=3, scale=0.25, zero_point=2}", ["Dequantize", "Quantize"]),
+        ("{bits=3, scale=0.3, zero_point=1}", ["Dequantize", "Quantize"]),
+    ],
+)
+def test_codes_that_are_quantized_as_they_were_stay_codes(attrs: str, ops: list[str]) -> None:
+    after = check(
+        Graph.parse(
+            f"""
+            %x = Input() : f32[3,8]
+            %c = Quantize(%x) {{bits=3, scale=0.3, zero_point=2}} : u8[3,8]
+            %d = Dequantize(%c) {{scale=0.3, zero_point=2}} : f32[3,8]
+            %t = Transpose(%d) {{perm=[1,0]}} : f32[8,3]
+            %q = Quantize(%t) {attrs} : u8[8,3]
+            %z = Dequantize(%q) {{scale=1.0, zero_point=0}} : f32[8,3]
+            return %z
+            """
+        )
+    )
+    found = [node.op for node in DropDead()(after)]
+    assert [op for op in found if op != "Transpose"] == ["Quantize", *ops, "Dequantize"]
 
 
 def test_padding_takes_the_zero_point() -> None:

@@ -181,12 +181,14 @@ def test_scales_by_channel_fit_a_depthwise_convolution_alone() -> None:
     %d = Dequantize(%c) {{scale=1.0, zero_point=3}} : f32[1,4,5,5]
     %e = Mul(%d, %f) : f32[1,4,5,5]
     %v = DequantizeWeights(%w, %s) {{axis=0, bits=4, levels="signed"}} : f32[{o},{i},3,3]
-    %y = Conv(%e, %v) {{group={g}}} : f32[1,{o},3,3] @layer
+    %p = MaxPool(%e) {{kernel_shape=[3,3], pads=[1,1,1,1]}} : f32[1,4,5,5]
+    %y = Conv(%{data}, %v) {{group={g}}} : f32[1,{o},3,3] @layer
     return %y
     """
-    depthwise = parse(text.format(o=8, i=1, g=4), w=integers((8, 1, 3, 3), -8, 7))
-    assert_same(depthwise, on_codes(depthwise), x=4 * IMAGE)
-    dense = parse(text.format(o=8, i=4, g=1), w=integers((8, 4, 3, 3), -8, 7))
+    for data in ("e", "p"):
+        depthwise = parse(text.format(o=8, i=1, g=4, data=data), w=integers((8, 1, 3, 3), -8, 7))
+        assert_same(depthwise, on_codes(depthwise), x=4 * IMAGE)
+    dense = parse(text.format(o=8, i=4, g=1, data="e"), w=integers((8, 4, 3, 3), -8, 7))
     made, floats = integer_layers(dense)
     assert [layer.node for layer in floats] == ["layer"]
     assert "scale for each channel" in floats[0].reason
@@ -265,3 +267,31 @@ def test_two_layers_meet_on_codes() -> None:
         "Quantize", "IntConv", "Requantize", "IntConv", "Affine"
     ]  # fmt: skip
     assert_same(graph, made, x=IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("values", "clipped", "told"),
+    [
+        ([-1, 1, 1, -1], 3, (1, 2, "odd")),
+        ([-2, 1, 0, 1], 1, (2, 1, "signed")),
+        ([0, 2, 1, 0], 15, (3, 4, "signed")),
+        ([-128, 127, 1, 0], 255, (8, 8, "signed")),
+    ],
+)
+def test_integer_products_are_as_wide_as_what_they_hold(
+    values: list[int], clipped: int, told: tuple[int, int, str]
+) -> None:
+    """ConvInteger and MatMulInteger have 8-bit types, whatever the integers need."""
+    graph = Graph.parse(
+        f"""
+        %x = Input() : f32[1,2]
+        %w = Constant() : i16[2,2]
+        %c = Quantize(%x) {{scale=0.5, zero_point=0, bits={clipped.bit_length()}}} : u8[1,2]
+        %y = IntMatMul(%c, %w) {{zero_point=0, weight_bits=8, activation_bits=8}} : i32[1,2]
+        return %y
+        """,
+        {"w": np.array(values, np.int16).reshape(2, 2)},
+    )
+    made = integer_layers(graph)[0]["y"]
+    bits = (made.int_attr("weight_bits"), made.int_attr("activation_bits"))
+    assert (*bits, made.str_attr("weight_levels", "signed")) == told
