@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from mpqc import console
+from mpqc.cli_finetune import parse_augment
 from mpqc.cli_options import (
     DataOption,
     Dim,
@@ -100,6 +101,43 @@ def search(
     scores_png: Annotated[
         Path | None, Option("--scores-png", metavar="F", help="Draw them; needs mpqc[report].")
     ] = None,
+    train: Annotated[
+        str | None,
+        Option(
+            "--train",
+            metavar="D",
+            help="Training data, for methods that train: FILE.npz, labels are not needed; or "
+            "module.py:function.",
+        ),
+    ] = None,
+    validate: Annotated[
+        str | None,
+        Option("--validate", metavar="D", help="Measure on these; by default a tenth is held out."),
+    ] = None,
+    epochs: Annotated[
+        float, Option("--epochs", help="Of a method that trains; may be a fraction.")
+    ] = 10.0,
+    batch_size: Annotated[int, Option("--batch-size", min=1, help="Samples of a step.")] = 64,
+    lr: Annotated[float, Option("--lr", help="Of weights, relative to their magnitude.")] = 0.005,
+    label_weight: Annotated[
+        float,
+        Option(
+            "--label-weight",
+            min=0,
+            max=1,
+            help="Share of the labels in the loss; the rest is distance from the float model's "
+            "outputs.",
+        ),
+    ] = 0.0,
+    augment: Annotated[
+        str, Option("--augment", metavar="flip,crop=4", help="Of pictures, NCHW; or none.")
+    ] = "none",
+    device: Annotated[
+        str, Option("--device", metavar="NAME", help="To train on: auto, cpu, cuda, cuda:1.")
+    ] = "auto",
+    max_samples: Annotated[
+        int | None, Option("--max-samples", min=1, help="Of the training data, drawn by --seed.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -125,6 +163,18 @@ def search(
         costs["latency"] = latency_cost(
             model, machine, table, threads=threads, dims=dims, cache=cache
         )
+    trainer = None
+    if train is not None:
+        from mpqc.train.loop import Recipe
+        from mpqc.train.trainer import PlanTrainer
+
+        recipe = Recipe(
+            epochs=epochs, batch_size=batch_size, lr=lr, augment=parse_augment(augment), seed=seed
+        )
+        trainer = PlanTrainer.open(
+            model, train, validate=validate, preprocess=preprocess, dims=dims, recipe=recipe,
+            label_weight=label_weight, device=device, max_samples=max_samples,
+        )  # fmt: skip
     with _Bar() as bar:
         result = search_plan(
             model,
@@ -137,6 +187,7 @@ def search(
             ends=None if first_last in ("search", "same") else Precision.parse(first_last),
             constraints=constraints,
             costs=costs,
+            trainer=trainer,
             dims=dims,
             seed=seed,
             cache=None if no_cache else cache or default_cache(),

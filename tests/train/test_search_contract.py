@@ -1,0 +1,31 @@
+"""Every method that trains keeps the contract that is asked of others."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
+
+from mpqc.search import base, load
+from tests.train.contract import TrainedContract
+
+
+class TestEbs(TrainedContract):
+    method = "ebs"
+
+
+class TestEbsStochastic(TrainedContract):
+    method = "ebs"
+    options = {  # noqa: RUF012
+        "strengths": "stochastic",
+        "level": "one",
+        "quantizer": "lsq",
+        "warmup": "0",
+    }
+
+
+TRAINING = [name for name in base.BUILT_IN if "trainer" in load(name).needs]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_method_that_trains_is_tested(name: str) -> None:
+    tested = {case.method for case in TrainedContract.__subclasses__()}
+    assert name in tested
