@@ -237,23 +237,33 @@ def lut_conv(
         r = c * chunk + t
         line = (n * height + y * window.sy + ky * window.dy) * width
         row = (line + x * window.sx + kx * window.dx) * tables + r
-        nibble = weight[o, j, ky, kx, r, lane]
-        total = rows[row, 0]
-        for bit in range(4):
-            picked = (nibble >> tirx.const(bit, "uint8")) & tirx.const(1, "uint8")
-            total = total + picked * rows[row, 1 << bit]
-        return te.sum(total, axis=[t])
+        return te.sum(_looked_up(rows, row, weight[o, j, ky, kx, r, lane]), axis=[t])
 
     part = te.compute(
         (window.n, window.oh, window.ow, blocks, j_bits, kh, taps, run // chunk, lanes),
         part_of,
         name="part",
     )
+    return _weigh_planes(part, negative_top, pair_dtype)
+
+
+def _looked_up(rows: te.Tensor, row: Expr, nibble: Expr) -> Expr:
+    """Entry of a table, as the sum over the bits of its number."""
+    total = rows[row, 0]
+    for bit in range(4):
+        picked = (nibble >> tirx.const(bit, "uint8")) & tirx.const(1, "uint8")
+        total = total + picked * rows[row, 1 << bit]
+    return total
+
+
+def _weigh_planes(part: te.Tensor, negative_top: bool, pair_dtype: str) -> te.Tensor:
+    """Sum uint8 [N, OH, OW, O/B, J, KH, taps, chunks, B] over the window, then the planes."""
+    n, oh, ow, blocks, j_bits, kh, taps, chunks, lanes = (int(extent) for extent in part.shape)
     ky = te.reduce_axis((0, kh), "ky")
     kx = te.reduce_axis((0, taps), "kx")
-    c = te.reduce_axis((0, run // chunk), "c")
+    c = te.reduce_axis((0, chunks), "c")
     pair = te.compute(
-        (window.n, window.oh, window.ow, blocks, j_bits, lanes),
+        (n, oh, ow, blocks, j_bits, lanes),
         lambda n, y, x, o, j, lane: te.sum(
             part[n, y, x, o, j, ky, kx, c, lane].astype(pair_dtype), axis=[ky, kx, c]
         ),
@@ -266,7 +276,64 @@ def lut_conv(
         weighed = pair[n, y, x, o, j, lane].astype("uint32") * factor
         return te.sum(weighed.astype("int32"), axis=[j])
 
-    return te.compute((window.n, window.oh, window.ow, blocks, lanes), weigh, name="acc")
+    return te.compute((n, oh, ow, blocks, lanes), weigh, name="acc")
+
+
+NIBBLE_STEPS = 3  # tables of four codes of one bit whose sum fits four bits
+
+
+def lut_pair_conv(
+    rows: te.Tensor,
+    weight: te.Tensor,
+    window: Window,
+    image: tuple[int, int, int, int],
+    negative_top: bool,
+    chunk: int,
+    pair_dtype: str = "uint16",
+) -> te.Tensor:
+    """``lut_conv`` for codes of one bit: two neighbouring output pixels in a byte, half each.
+
+    Args:
+        rows: uint8 [N * H * W * C/4, 16]; an entry is that of a pixel plus 16 times that of the
+            pixel ``window.sx`` to the right.
+        weight: as for ``lut_conv``, and so are the others.
+        window: geometry.
+        image: (N, H, W, tables of a pixel).
+        negative_top: the last weight plane counts negative.
+        chunk: a multiple of ``NIBBLE_STEPS``; divides the run.
+        pair_dtype: of the sum over all K of one plane.
+    """
+    _, height, width, tables = image
+    blocks, j_bits, kh, taps, run, lanes = (int(extent) for extent in weight.shape)
+    steps = chunk // NIBBLE_STEPS
+    t = te.reduce_axis((0, NIBBLE_STEPS), "t")
+
+    def part_of(n: Expr, y: Expr, x: Expr, o: Expr, j: Expr, *rest: Expr) -> Expr:
+        ky, kx, c, g, lane = rest
+        r = c * chunk + g * NIBBLE_STEPS + t
+        line = (n * height + y * window.sy + ky * window.dy) * width
+        row = (line + x * (2 * window.sx) + kx * window.dx) * tables + r
+        return te.sum(_looked_up(rows, row, weight[o, j, ky, kx, r, lane]), axis=[t])
+
+    part = te.compute(
+        (window.n, window.oh, window.ow // 2, blocks, j_bits, kh, taps, run // chunk, steps, lanes),
+        part_of,
+        name="part",
+    )
+    g = te.reduce_axis((0, steps), "g")
+    low = tirx.const(15, "uint8")
+
+    def half_of(n: Expr, y: Expr, x: Expr, o: Expr, j: Expr, *rest: Expr) -> Expr:
+        ky, kx, c, lane = rest
+        both = part[n, y, x // 2, o, j, ky, kx, c, g, lane]
+        return te.sum((both >> (x % 2 * 4).astype("uint8")) & low, axis=[g])
+
+    half = te.compute(
+        (window.n, window.oh, window.ow, blocks, j_bits, kh, taps, run // chunk, lanes),
+        half_of,
+        name="half",
+    )
+    return _weigh_planes(half, negative_top, pair_dtype)
 
 
 def expand_rows(codes: te.Tensor, channels: int) -> te.Tensor:

@@ -27,6 +27,7 @@ from mpqc.schedules import (
 from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
+from mpqc.schedules.lut_intrinsics import lookup_of
 from mpqc.target import Target
 from mpqc.winograd import POSITIONS
 
@@ -235,8 +236,10 @@ _NEON_TILES: dict[str, tuple[tuple[int, int], ...]] = {
 }
 PREFETCHED = 1 << 21  # bytes of weights that lie in no L2: each is read from far away, once
 PATCH = 512  # tiles x channels of a Winograd patch: sixteen int32 of each, 32 KiB
+PAIRS = "-pairs"  # behind the instruction of the lookup kernel that sums pairs of pixels
 WINOGRAD = "winograd-"  # before the instruction, in the names of variants
 _REGISTERS = {512: 26, 256: 12}  # accumulators, with some left for operands
+_WEIGHTS_IN_L1 = 24 << 10  # bytes, which leave room for tables
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
 
 
@@ -290,8 +293,12 @@ def bitplane_tile(layer: Layer, target: Target) -> Tile:
 
 def lut_tile(layer: Layer, target: Target) -> Tile:
     """Default tile of the lookup kernel."""
-    most = min(target.vector_bits // 8, _LUT_LANES)
-    return _tile("lut", layer, target, _channel_lanes(layer.out_channels, most))
+    lanes = _channel_lanes(layer.out_channels, min(target.vector_bits // 8, _LUT_LANES))
+    if not pairs_pixels(layer, target.arch):
+        return _tile("lut", layer, target, lanes)
+    blocks, panel = -(-layer.out_channels // lanes), layer.reduction // 4 * lanes
+    wide = 4 if 2 * panel > _WEIGHTS_IN_L1 else 2
+    return Tile(2, next(v for v in (wide, 2, 1) if blocks % v == 0), lanes)
 
 
 def dot_tile(layer: Layer, target: Target, instruction: str) -> Tile:
@@ -428,6 +435,24 @@ def lut_image(layer: Layer) -> Shape:
     return (n, h, w, -(-c // 4))
 
 
+def pairs_pixels(layer: Layer, arch: str) -> bool:
+    """Whether the lookup kernel sums two output pixels in a byte: codes of one bit."""
+    run = layer.run_pixels * -(-layer.image[3] // 4)
+    return (
+        arch == "x86_64"
+        and layer.activation_bits == 1
+        and layer.window.ow % 2 == 0
+        and run % compute.NIBBLE_STEPS == 0
+        and table_script.adds(layer.image[3])
+    )
+
+
+def lut_instruction(layer: Layer, tile: Tile, target: Target) -> str:
+    """What the lookup kernel runs on."""
+    name = lookup_of(target.arch, tile.lanes)
+    return name + PAIRS if pairs_pixels(layer, target.arch) else name
+
+
 def lut_kernel(
     layer: Layer,
     operands: Sequence[Operand],
@@ -435,7 +460,7 @@ def lut_kernel(
     tile: Tile,
     instruction: str,
 ) -> Kernel:
-    """Lookup kernel.
+    """Lookup kernel; ``instruction`` as ``lut_instruction`` names it.
 
     Arguments: rows, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs.
     """
@@ -448,10 +473,12 @@ def lut_kernel(
         (blocks, layer.weight_bits, window.kh, layer.taps, run, tile.block), "uint8", "weight"
     )
     bound = window.kh * layer.taps * run * 4 * top
-    acc = compute.lut_conv(
+    halves, shuffle = instruction.endswith(PAIRS), instruction.removesuffix(PAIRS)
+    steps = compute.NIBBLE_STEPS if halves else 1
+    acc = (compute.lut_pair_conv if halves else compute.lut_conv)(
         rows, weight, window, image,
         negative_top=not layer.odd,
-        chunk=largest_divisor(run, 255 // (4 * top)),
+        chunk=steps * largest_divisor(run // steps, 255 // (4 * top * steps)),
         pair_dtype="uint16" if bound < 2**16 else "uint32",
     )  # fmt: skip
     sums = []
@@ -464,16 +491,20 @@ def lut_kernel(
         [rows, weight, *correction, *sums, *holders],
         results,
         lambda sch: conv_cpu.lut_conv(
-            sch, tile, layer.out_channels, names, instruction=instruction, threads=_threads(layer)
+            sch, tile, layer.out_channels, names, instruction=shuffle, halves=halves,
+            threads=_threads(layer),
         ),
         instruction,
-    )
+    )  # fmt: skip
 
 
-def expand_kernel(pixels: int, channels: int, arch: str = "") -> Kernel:
-    """Codes [pixels * channels] -> tables [pixels * ceil(channels/4), 16]."""
+def expand_kernel(pixels: int, channels: int, arch: str = "", beside: int = 0) -> Kernel:
+    """Codes [pixels * channels] -> tables [pixels * ceil(channels/4), 16].
+
+    ``beside``: pixels to the right of which each entry holds 16 times that pixel's; 0: none.
+    """
     if arch == "x86_64" and table_script.expands(pixels * channels, channels):
-        func, kinds = table_script.expand(pixels * channels)
+        func, kinds = table_script.expand(pixels * channels, beside * channels)
         return Kernel(func, (kinds[0],), (kinds[1],), "expand")
     codes = te.placeholder((pixels * channels,), "uint8", "codes")
     return _kernel([codes], [compute.expand_rows(codes, channels)], simple_cpu.expand, "expand")

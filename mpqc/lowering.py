@@ -308,7 +308,7 @@ class _Lowering:
                 self._call(kernel, [source], [key], value, "pad")
             if choice.winograd:
                 return self._winograd_values(key, choice)
-            return self._tables(key, layer) if choice.kind == "bitplane-lut" else key
+            return self._tables(key, choice) if choice.kind == "bitplane-lut" else key
         source = self._planes(value, shape, layer, bits)
         if not any(choice.pads):
             return source
@@ -332,15 +332,17 @@ class _Lowering:
             return data, kernels.window_sum_kernel(layer)
         from_codes = kernels.code_sum_kernel(layer, self.target.arch)
         if from_codes is not None:
-            return data.removesuffix(TABLES), from_codes
+            return data.rpartition(TABLES)[0], from_codes
         return data, kernels.row_sum_kernel(layer)
 
-    def _tables(self, codes: str, layer: Layer) -> str:
-        """Tables of partial sums of padded codes."""
-        name = codes + TABLES
+    def _tables(self, codes: str, choice: Choice) -> str:
+        """Tables of partial sums of padded codes, of two pixels each where the kernel wants so."""
+        layer, arch = choice.layer, self.target.arch
+        beside = layer.window.sx if choice.variant.endswith(kernels.PAIRS) else 0
+        name = f"{codes}{TABLES}{beside or ''}"
         if name not in self.program.buffers:
             n, h, w, channels = layer.image
-            kernel = kernels.expand_kernel(n * h * w, channels, self.target.arch)
+            kernel = kernels.expand_kernel(n * h * w, channels, arch, beside)
             self._call(kernel, [codes], [name], codes, "expand")
         return name
 

@@ -20,7 +20,9 @@ from mpqc.kernels import (
     flatten_pixels,
     grouped_tile,
     largest_divisor,
+    lut_instruction,
     lut_tile,
+    pairs_pixels,
     popcount_instruction,
     winograd_layer,
     winograd_tile,
@@ -30,7 +32,6 @@ from mpqc.packing import dot_weights
 from mpqc.schedules.arm_intrinsics import most_product
 from mpqc.schedules.conv_cpu import Tile
 from mpqc.schedules.dot_intrinsics import DOTS
-from mpqc.schedules.lut_intrinsics import lookup_of
 from mpqc.target import Target
 
 Pads = tuple[int, int, int, int]
@@ -104,7 +105,7 @@ class Selector:
         asked = self.kernel if asked == "auto" else asked
         multiply = _int8_multiply(layer, weight, self.target)
         rates = expected_rates(layer, multiply, self.target)
-        coded = _has_codes(node, weight)
+        coded = has_codes(node, weight)
         if not coded:
             rates = {"int8": rates["int8"]}
         kind, reason, chosen = asked, "", "asked"
@@ -148,7 +149,7 @@ class Selector:
             return Choice(kind, how, shaped, tile, pads, source)
         if kind == "bitplane-lut":
             tile = lut_tile(shaped, self.target)
-            how = lookup_of(self.target.arch, tile.lanes)
+            how = lut_instruction(shaped, tile, self.target)
             return Choice(kind, how, shaped, tile, pads, source)
         tile = dot_tile(shaped, self.target, variant)
         return Choice(kind, variant, shaped, tile, pads, source, chunk=multiply.chunk)
@@ -169,7 +170,7 @@ class Multiply:
     chunk: int = 0
 
 
-def _has_codes(node: Node, weight: Array) -> bool:
+def has_codes(node: Node, weight: Array) -> bool:
     """Whether the weights are what codes of their width stand for: planes hold codes.
 
     Unsigned weights of other tools reach beyond, their zero point taken off.
@@ -321,6 +322,7 @@ _INT8 = {
 
 
 _SHUFFLE = {256: 178.0, 128: 89.0}  # products a cycle of vpshufb + vpaddb for one weight plane
+_PAIRED = 1.2  # times that when a byte sums two pixels
 MOST_LUT_BITS = 6
 WORTH_HALVES = 4  # steps of int16 sums that pay for the widening
 HALF_FLUSH = 2.0  # steps that one widening costs
@@ -384,6 +386,8 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     arm = target.arch != "x86_64"
     flush = steps / (steps + 2) if arm else steps / (steps + 3.5) * min(1.0, steps / 8)
     shuffle = _core(target).shuffle if arm else _SHUFFLE[min(target.vector_bits, 256)]
+    if pairs_pixels(layer, target.arch):
+        shuffle *= _PAIRED
     rate = shuffle * flush / layer.weight_bits
     used = layer.image[3] / (4 * -(-layer.image[3] // 4))
     lanes = min(32, target.vector_bits // 8)

@@ -134,9 +134,13 @@ def lut_conv(
     epilogue: Sequence[str],
     *,
     instruction: str,
+    halves: bool = False,
     threads: bool = True,
 ) -> None:
-    """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``."""
+    """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``.
+
+    ``halves``: the kernel is ``compute.lut_pair_conv``.
+    """
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
     at, (pixel, vector, lane, j) = _outer(sch, acc, tile, threads)
     sch.reorder(j, pixel, vector, lane)
@@ -147,17 +151,28 @@ def lut_conv(
     pair_vector, pair_lane = sch.split(pair_lanes, [tile.vectors, tile.lanes])
     sch.reorder(ky, kx, c, pair_pixel, pair_vector, pair_lane)
 
-    sch.compute_at(part, c, preserve_unit_loops=True)
-    part_pixel, *_, part_lanes, t = sch.get_loops(part)[-8:]
+    tiles = [(pixel, vector, lane), (pair_pixel, pair_vector, pair_lane)]
+    if halves:
+        half = sch.get_sblock("half")
+        sch.compute_at(half, c, preserve_unit_loops=True)
+        half_pixel, *_, half_lanes, g = sch.get_loops(half)[-8:]
+        half_vector, half_lane = sch.split(half_lanes, [tile.vectors, tile.lanes])
+        sch.reorder(g, half_pixel, half_vector, half_lane)
+        tiles.append((half_pixel, half_vector, half_lane))
+    sch.compute_at(part, g if halves else c, preserve_unit_loops=True)
+    part_pixel, *_, part_lanes, t = sch.get_loops(part)[-9 if halves else -8 :]
     part_vector, part_lane = sch.split(part_lanes, [tile.vectors, tile.lanes])
     sch.reorder(t, part_pixel, part_vector, part_lane)
 
-    for row, column, vec in ((pixel, vector, lane), (pair_pixel, pair_vector, pair_lane)):
+    for row, column, vec in tiles:
         sch.unroll(row)
         sch.unroll(column)
         sch.vectorize(vec)
     sch.unroll(part_pixel)
     vectorize_init(sch, sch.decompose_reduction(part, t))
+    if halves:
+        sch.unroll(t)
+        sch.decompose_reduction(half, g)
     sch.decompose_reduction(pair, ky)
     sch.decompose_reduction(acc, j)
     covered, abreast = pair_vectors(

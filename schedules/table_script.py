@@ -25,7 +25,7 @@ def expands(codes: int, channels: int) -> bool:
     return channels % 4 == 0 and codes >= STEP
 
 
-def expand(codes: int) -> tuple[Any, tuple[TensorType, TensorType]]:
+def expand(codes: int, ahead: int = 0) -> tuple[Any, tuple[TensorType, TensorType]]:
     """Codes [codes] of at most six bits -> tables [codes / 4, 16], as ``compute.expand_rows``.
 
     Entry ``b`` of a table is a sum of the first two codes, chosen by ``b % 4``, and one of the last
@@ -40,7 +40,11 @@ def expand(codes: int) -> tuple[Any, tuple[TensorType, TensorType]]:
 
     def sums(source: Any, start: Any) -> Any:
         """The sums of two codes, eight times: 0, a, b, a + b."""
-        pairs = T.reinterpret(source.vload([start], "uint8x16"), dtype="uint16x8")
+        read = source.vload([start], "uint8x16")
+        if ahead:
+            next_ = source.vload([T.min(start + ahead, last)], "uint8x16")
+            read = read + (next_ << T.broadcast(tirx.const(4, "uint8"), STEP))
+        pairs = T.reinterpret(read, dtype="uint16x8")
         pairs = T.Cast("uint32x8", pairs)  # a + 2**8 b
 
         def shifted(bits: int) -> Any:

@@ -13,7 +13,6 @@ from mpqc.graph import Array
 from mpqc.kernels import Kernel, Layer, Operand, Output
 from mpqc.schedules.arm_intrinsics import POPCOUNTS
 from mpqc.schedules.dot_intrinsics import DOTS
-from mpqc.schedules.lut_intrinsics import lookup_of
 from mpqc.target import Target, llvm_target, native
 from tests import arm_emulator
 
@@ -145,11 +144,12 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.lut_tile(layer, target)
         outputs.append(coded(packs and tile.block % 8 == 0))
-        kernel = kernels.lut_kernel(
-            layer, operands, outputs, tile, lookup_of(target.arch, tile.lanes)
-        )
+        how = kernels.lut_instruction(layer, tile, target)
+        kernel = kernels.lut_kernel(layer, operands, outputs, tile, how)
         n, h, w, channels = layer.image
-        tables = compiled(kernels.expand_kernel(n * h * w, channels, target.arch), target)
+        beside = layer.window.sx if how.endswith(kernels.PAIRS) else 0
+        made = kernels.expand_kernel(n * h * w, channels, target.arch, beside)
+        tables = compiled(made, target)
         if layer.odd:
             of_codes = kernels.code_sum_kernel(layer, target.arch)
             sums = compiled(of_codes or kernels.row_sum_kernel(layer), target)

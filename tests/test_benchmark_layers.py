@@ -43,6 +43,7 @@ def test_a_longer_network_repeats_the_layer() -> None:
         ("bitplane and-popcount", "w1a1", False, 128),
         ("bitplane and-popcount", "w2a2", True, 341 / 4),
         ("bitplane-lut vpshufb256", "w2a2", False, 128),
+        ("bitplane-lut vpshufb256-pairs", "w1a1", False, 307.2),
         ("int8 vpmaddubsw256", "w4a4", False, 64),
         ("int8 vpmaddwd256", "w8a8", False, 32),
         ("int8 unheard-of", "w8a8", False, 0),

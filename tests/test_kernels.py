@@ -217,6 +217,24 @@ def test_tables_are_sums_of_four_codes(
     np.testing.assert_array_equal(result.numpy(), codes.reshape(-1, 4) @ entries.T)
 
 
+PAIRED = [
+    Case(Window(2, 3, 4, 3, 3, 1, 1, 1, 1), 16, 64, 1, 1, 1, "odd"),
+    Case(Window(1, 3, 2, 3, 3, 2, 2, 1, 1), 32, 40, 1, 3, 1, "signed", 1),
+    Case(Window(1, 2, 6, 3, 3, 1, 3, 2, 2), 48, 16, 1, 2, 1, "signed"),
+    Case(Window(1, 1, 2, 1, 1, 1, 1, 1, 1), 48, 128, 1, 8, 1, "odd", 1),
+    Case(Window(1, 1, 2, 3, 3, 1, 1, 1, 1), 256, 128, 1, 1, 1, "odd"),
+]
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_two_pixels_share_a_byte(case: Case, target: Target) -> None:
+    layer = kernels.flatten_pixels(case.layer, 14)
+    assert kernels.pairs_pixels(layer, target.arch)
+    for extreme in ("", "most", "least"):
+        check(replace(case, extreme=extreme), "bitplane-lut", target)
+
+
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
 @pytest.mark.parametrize("channels", [16, 48, 1024])
 def test_codes_are_added_up_under_each_window(channels: int, target: Target) -> None:

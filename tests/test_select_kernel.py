@@ -17,8 +17,9 @@ DILATED = "pads=[2, 2, 2, 2], dilations=[2, 2]"  # nothing for Winograd
 
 def layer(
     channels: int = 64, out: int = 64, size: int = 14, weight: int = 2, activation: int = 2,
-    attrs: str = "pads=[1, 1, 1, 1]", group: int = 1, levels: str = "signed",
+    attrs: str = "pads=[1, 1, 1, 1]", group: int = 1, levels: str = "",
 ) -> Graph:  # fmt: skip
+    levels = levels or ("odd" if weight == 1 else "signed")
     text = f"""
     %x = Input() : u8[1,{channels},{size},{size}]
     %w = Constant() : i16[{out},{channels // group},3,3]
