@@ -206,8 +206,6 @@ def compile_(
     ends = None if first_last == "same" else Precision.parse(first_last)
     dims = parse_dims(dim)
     loaded = read_plan(plan, model, dims)
-    if plan is None and bits is None:
-        console.note("neither --plan nor --bits: every layer stays in float")
     with console.Phases(verbose) as phases:
         artifact = compile_model(
             model,
@@ -227,6 +225,8 @@ def compile_(
             rounding_progress=phases.layer,
             callback=None if debug_dump is None else DebugDump(debug_dump, overwrite),
         )
+    if plan is None and bits is None and not artifact.manifest["model"]["quantized"]:
+        console.note("neither --plan nor --bits: every layer stays in float")
     result = {"artifact": str(output), "manifest": artifact.manifest, "report": artifact.report}
     console.show(result, as_json, lambda: tables.compile_table(artifact))
 

@@ -74,9 +74,13 @@ def compile_table(artifact: "Artifact") -> RenderableType:
         for layer in manifest["layers"]
     ]  # fmt: skip
     fallbacks: dict[str, list[str]] = {}
+    kept: dict[str, list[str]] = {}
     for layer in manifest["layers"]:
         if layer["reason"]:
             fallbacks.setdefault(layer["reason"], []).append(layer["name"])
+    for name, why in manifest["kept"].items():
+        if name not in {layer["name"] for layer in manifest["layers"]}:
+            kept.setdefault(why, []).append(name)
     cost, size, seconds = report["cost"], report["bytes"], report["seconds"]
     phases = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     return Group(
@@ -94,6 +98,7 @@ def compile_table(artifact: "Artifact") -> RenderableType:
             f"seconds  {sum(seconds.values()):.2f}: {phases}",
         ),
         *_lines(*(f"fallback {why}: {', '.join(names)}" for why, names in fallbacks.items())),
+        *_lines(*(f"in float {why}: {', '.join(names)}" for why, names in kept.items())),
     )
 
 
