@@ -86,6 +86,10 @@ def build(
         ArtifactError: the compiler refused; its message is included. Or what it made would not
             run on the target.
     """
+    if target.cuda:
+        from mpqc.cuda import build as cuda_build
+
+        return cuda_build.build(program, memory, target, manifest, output, form)
     form = form or Form()
     compiler = find_compiler(target, native().arch)
     with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
@@ -101,13 +105,13 @@ def build(
         (work / "model.c").write_text(
             model_source(program, memory, workspaces, weights, target, manifest), "utf-8"
         )
-        gcc = _Compiler(compiler, target, work)
+        gcc = Compiler(compiler, target, work)
         gcc.sizes(sizes_header(program, memory, weights, workspace, form, DEFAULT_PREFIX))
         libraries = [] if form.bare else [*old_glibc(compiler, target, work), "-lpthread"]
         gcc.run(
             "-shared", *SOURCES, *map(str, objects), "-o", "model.so", "-nostartfiles",
             "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
-            "-Wl,--gc-sections", "-Wl,-s", *_layout(target), *libraries, "-lm",
+            "-Wl,--gc-sections", "-Wl,-s", *linker_layout(target), *libraries, "-lm",
         )  # fmt: skip
         archive = None
         if form.static:
@@ -135,7 +139,7 @@ def build(
     )
 
 
-def _layout(target: Target) -> list[str]:
+def linker_layout(target: Target) -> list[str]:
     """Options of the linker for a small file.
 
     Pages of aarch64 may have 64 KiB, and GNU ld fills up to one of them with zeros so that the
@@ -149,7 +153,7 @@ SOURCES = (str(CSRC / "runtime.c"), "model.c")
 
 
 @dataclass(frozen=True)
-class _Compiler:
+class Compiler:
     """The C compiler at work in a folder."""
 
     command: list[str]
@@ -192,7 +196,7 @@ class _Compiler:
             raise ArtifactError(f"{command[0]} failed to {what}:\n{result.stderr[-2000:]}")
 
 
-def _static_library(gcc: _Compiler, objects: list[Path], form: Form, output: Path) -> Path:
+def _static_library(gcc: Compiler, objects: list[Path], form: Form, output: Path) -> Path:
     """One object in which the interface alone is global: others may be linked beside it."""
     parts = []
     for source in SOURCES:

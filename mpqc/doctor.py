@@ -149,7 +149,7 @@ def checks(machine: Machine | None = None) -> list[Check]:
         package("pillow", "data given as pictures", "pip install 'mpqc[report]'"),
         package("torch", "finetune and searches that train", "pip install 'mpqc[train]'"),
         package("xgboost", "tune with a learned cost model", "pip install 'mpqc[tune]'"),
-        _cross_compiler(m, "aarch64", "targets rpi3 to rpi5, jetson-orin, aarch64"),
+        _cross_compiler(m, "aarch64", "targets rpi3 to rpi5, aarch64, jetson-orin"),
         _cross_compiler(m, "armv7", "target armv7"),
         tool("qemu-aarch64", "verifying aarch64 builds without a board", "qemu-user-static"),
         tool("qemu-arm", "verifying armv7 builds without a board", "qemu-user-static"),

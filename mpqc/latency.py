@@ -439,6 +439,7 @@ def table_path(
     from mpqc.search.cache import default_cache
 
     facts = [dict(target.llvm), sorted(target.features), target.vector_bits, target.cores]
+    facts += [target.cuda] if target.cuda else []
     folder = (default_cache() if cache is None else cache) / "latency"
     made = _digest([facts, threads, versions()], 16)
     measured_on = _digest([machine({})["processor"] if cpu is None else cpu], 8)

@@ -59,10 +59,16 @@ def lower(graph: Graph, target: Target, selector: Selector) -> Program:
     Raises:
         RegionError: a float operator cannot be converted.
     """
-    return _Lowering(graph, target, selector).run()
+    if target.cuda:
+        from mpqc.cuda.lowering import CudaLowering
+
+        return CudaLowering(graph, target, selector).run()
+    return Lowering(graph, target, selector).run()
 
 
-class _Lowering:
+class Lowering:
+    """Walks over the groups of a graph; targets with other kernels override the parts."""
+
     def __init__(self, graph: Graph, target: Target, selector: Selector) -> None:
         self.graph = graph
         self.target = target
@@ -143,15 +149,16 @@ class _Lowering:
             program.aliases[name] = source
         for name in region.inputs:
             self._value(name)
-        scheduled = {
-            name: float_cpu.apply(func, self.target.vector_bits, self.target.cores)
-            for name, func in region.kernels.items()
-        }
+        scheduled = {name: self._schedule(func) for name, func in region.kernels.items()}
         for call in region.calls:
             symbol = self._symbol(scheduled[call.kernel], f"mpqc_float_{_word(call.kernel)}")
             program.steps.append(Step(symbol, call.inputs, call.outputs, call.kernel, "float"))
         for name in region.outputs:
             self._tap(name)
+
+    def _schedule(self, func: Any) -> Any:
+        """A float kernel with its loops in order."""
+        return float_cpu.apply(func, self.target.vector_bits, self.target.cores)
 
     # -- layers and elementwise groups
 
@@ -165,15 +172,18 @@ class _Lowering:
         if layer_node is None:
             image = _image_shape(shape)
             operands = [self._operand(o, image[3]) for o in plan.operands]
-            kernel = kernels.elementwise_kernel(
-                image, plan.operands, [spec.output for spec in outputs]
-            )
+            kernel = self._elementwise(image, plan.operands, [spec.output for spec in outputs])
             names = [name for spec in outputs for name in spec.names]
             self._call(kernel, operands, names, head.name, "elementwise")
         else:
             self._layer(layer_node, plan, outputs)
         for spec in outputs:
             self._tap(spec.value)
+
+    def _elementwise(
+        self, image: Shape, operands: Sequence[Operand], outputs: Sequence[Output]
+    ) -> Kernel:
+        return kernels.elementwise_kernel(image, operands, outputs)
 
     def _operand(self, operand: Operand, channels: int) -> str:
         if not operand.per_channel:
@@ -184,7 +194,7 @@ class _Lowering:
         # one factor for all channels: the kernel reads a vector
         return self._constant(f"{operand.name}.{channels}", np.full(channels, vector[0]))
 
-    def _output_specs(self, plan: "Epilogue", group: Group, layer: Node | None) -> list["_Spec"]:
+    def _output_specs(self, plan: "Epilogue", group: Group, layer: Node | None) -> list["Spec"]:
         """Values of the group that others read, in the forms that they read."""
         inside = {node.name for node in group.nodes}
         specs = []
@@ -194,7 +204,7 @@ class _Lowering:
             if not readers and value not in self.graph.outputs:
                 continue
             if node.op in LAYERS:
-                specs.append(_Spec(value, Output(value, plan.cell(value)), (value,)))
+                specs.append(Spec(value, Output(value, plan.cell(value)), (value,)))
                 continue
             is_codes = node.op in ("Quantize", "Requantize")
             planes = is_codes and self._fuses_planes(value, layer, readers)
@@ -206,7 +216,7 @@ class _Lowering:
             bits = node.int_attr("bits") if is_codes else 0
             output = Output(value, plan.cell(value), bits, plain, planes)
             names = ((value,) if plain else ()) + ((f"{value}.planes",) if planes else ())
-            specs.append(_Spec(value, output, names))
+            specs.append(Spec(value, output, names))
             plan.stored[value] = output.name
         return specs
 
@@ -230,11 +240,11 @@ class _Lowering:
                 return False
         return any(self._form(value, reader) == "planes" for reader in readers)
 
-    def _layer(self, node: Node, plan: "Epilogue", specs: Sequence["_Spec"]) -> None:
+    def _layer(self, node: Node, plan: "Epilogue", specs: Sequence["Spec"]) -> None:
         choice = self.choices[node.name]
         layer, tile = choice.layer, choice.tile
         weight = self.graph.constants[node.inputs[1]]
-        weight = _as_conv_weight(node, weight, layer)
+        weight = as_conv_weight(node, weight, layer)
         data = self._rows(node, choice)
         inputs = [data]
         levels, bits = node.str_attr("weight_levels"), node.int_attr("weight_bits")
@@ -285,7 +295,7 @@ class _Lowering:
         inputs += [self._operand(operand, layer.out_channels) for operand in plan.operands]
         names = [name for spec in specs for name in spec.names]
         self._call(kernel, inputs, names, node.name, choice.kind)
-        self.program.layers.append(_record(node, choice, weight))
+        self.program.layers.append(layer_record(node, choice, weight))
 
     def _rows(self, node: Node, choice: Choice) -> str:
         """Buffer with the layer's padded input in the form that its kernel reads."""
@@ -403,7 +413,7 @@ class _Lowering:
 
 
 @dataclass(frozen=True)
-class _Spec:
+class Spec:
     """An output of a fused kernel: graph value, how it is computed, buffers that receive it."""
 
     value: str
@@ -416,7 +426,7 @@ def _offset(choice: Choice) -> int:
     return DOTS[choice.variant].offset if choice.variant in DOTS else 0
 
 
-def _record(node: Node, choice: Choice, weight: Array) -> LayerRecord:
+def layer_record(node: Node, choice: Choice, weight: Array) -> LayerRecord:
     layer = choice.layer
     bits, zero = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
     reach = max(zero, 2**bits - 1 - zero)
@@ -429,7 +439,7 @@ def _record(node: Node, choice: Choice, weight: Array) -> LayerRecord:
     )  # fmt: skip
 
 
-def _as_conv_weight(node: Node, weight: Array, layer: Layer) -> Array:
+def as_conv_weight(node: Node, weight: Array, layer: Layer) -> Array:
     """[O, I/G, KH, KW]: matrices [K, N] and 1-D kernels as 2-D convolutions."""
     if node.op == "IntMatMul":
         return weight.T[:, :, None, None]

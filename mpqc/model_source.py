@@ -166,7 +166,8 @@ def sizes_header(
         "WORKER_BYTES": WORKER_BYTES,
     }
     lines = [f"#define MPQC_{name} {value}" for name, value in facts.items()]
-    lines.append(f"#define MPQC_SCRATCH_BYTES(threads) {_scratch(program, memory, workspace)}")
+    scratch = scratch_expression(program, memory, workspace)
+    lines.append(f"#define MPQC_SCRATCH_BYTES(threads) {scratch}")
     if form.bare:
         lines += ["#define MPQC_NO_THREADS", "#define MPQC_NO_HEAP"]
     if prefix != DEFAULT_PREFIX:
@@ -174,7 +175,7 @@ def sizes_header(
     return "\n".join(lines) + "\n"
 
 
-def _scratch(program: Program, memory: MemoryPlan, workspace: int) -> str:
+def scratch_expression(program: Program, memory: MemoryPlan, workspace: int) -> str:
     """Bytes of an instance as a C expression of ``threads``; runtime.c divides them the same."""
     fixed, each = _scratch_parts(memory, workspace)
     buffers = len(program.inputs) + len(program.outputs)
@@ -228,7 +229,7 @@ def public_header(
             ]
     lines += [
         "/* What mpqc_scratch_bytes returns, for memory that is laid out at compile time. */",
-        f"#define {upper}_SCRATCH_BYTES(threads) {_scratch(program, memory, workspace)}",
+        f"#define {upper}_SCRATCH_BYTES(threads) {scratch_expression(program, memory, workspace)}",
         "#endif",
     ]
     body = text.rstrip()
@@ -284,18 +285,19 @@ def model_source(
         "const size_t mpqc_workspaces[][2] = {"
         + (", ".join(f"{{{place}, {size}}}" for place, size in workspaces) or "{0}")
         + "};",
-        *_tensor_table("input", program.inputs, [places[name] for name in program.inputs]),
-        *_tensor_table("output", program.outputs, [places[results[n]] for n in program.outputs]),
-        *_narrow_table(weights),
-        _identity(target, manifest),
+        *tensor_table("input", program.inputs, [places[name] for name in program.inputs]),
+        *tensor_table("output", program.outputs, [places[results[n]] for n in program.outputs]),
+        *narrow_table(weights),
+        identity(target, manifest),
         _machine_check(target),
-        _embed("mpqc_weights", "weights.bin", 64),
-        _embed("mpqc_manifest_begin", "manifest.json", 1, "mpqc_manifest_end"),
+        embed("mpqc_weights", "weights.bin", 64),
+        embed("mpqc_manifest_begin", "manifest.json", 1, "mpqc_manifest_end"),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _tensor_table(side: str, tensors: Mapping[str, TensorType], places: list[int]) -> list[str]:
+def tensor_table(side: str, tensors: Mapping[str, TensorType], places: list[int]) -> list[str]:
+    """Names, types and places of the inputs or the outputs."""
     rows, shapes = [], []
     for index, (tensor, kind) in enumerate(tensors.items()):
         extents = ", ".join(map(str, kind.shape)) or "0"
@@ -312,7 +314,14 @@ def _tensor_table(side: str, tensors: Mapping[str, TensorType], places: list[int
     ]
 
 
-def _narrow_table(weights: Weights) -> list[str]:
+def narrow_table(weights: Weights) -> list[str]:
+    """What is widened, and the memory for it."""
+    memory = f"uint8_t mpqc_shared[{max(weights.shared, 1)}] __attribute__((aligned(64)));"
+    return [*narrow_rows(weights), memory]
+
+
+def narrow_rows(weights: Weights) -> list[str]:
+    """What is widened."""
     rows = [
         f"{{{source}, {target}, {n.count}, {n.low}, {n.scale}, {n.bits}, {n.width}}}"
         for source, target, n in weights.narrows
@@ -320,11 +329,11 @@ def _narrow_table(weights: Weights) -> list[str]:
     return [
         f"const struct mpqc_narrow mpqc_narrows[] = {{{', '.join(rows) or '{0}'}}};",
         f"const int mpqc_narrows_n = {len(rows)};",
-        f"uint8_t mpqc_shared[{max(weights.shared, 1)}] __attribute__((aligned(64)));",
     ]
 
 
-def _identity(target: Target, manifest: Mapping[str, Any]) -> str:
+def identity(target: Target, manifest: Mapping[str, Any]) -> str:
+    """Which model the library is of."""
     model, versions = manifest.get("model", {}), manifest.get("versions", {})
     texts = (model.get("file"), model.get("sha256"), versions.get("mpqc"), target.name)
     words = ", ".join(_c_string(text or "") for text in texts)
@@ -345,7 +354,8 @@ def _machine_check(target: Target) -> str:
     return f"int mpqc_machine_fits(void) {{ {prepare}return {tests}; }}"
 
 
-def _embed(symbol: str, file: str, align: int, end: str = "") -> str:
+def embed(symbol: str, file: str, align: int, end: str = "") -> str:
+    """The bytes of a file behind a symbol."""
     tail = f'".global {end}\\n.hidden {end}\\n{end}:\\n"' if end else ""
     return (
         f'__asm__(".section .rodata\\n.balign {align}\\n.global {symbol}\\n.hidden {symbol}\\n'

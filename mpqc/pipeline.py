@@ -372,6 +372,10 @@ def compile_model(
         MpqcError: see the children for whose fault it is; nothing is left at ``output``.
     """
     clock = _Clock(progress)
+    if options.target.cuda:
+        from mpqc.cuda.toolkit import require
+
+        require(options.form, options.target)  # said before the work, not after it
     with new_folder(Path(output), overwrite) as folder:
         prepared = prepare(
             model, options, plan=plan, bits=bits, ends=ends, data=data,
@@ -498,7 +502,8 @@ def _taps(program: Program, memory: MemoryPlan) -> dict[str, Any]:
             continue
         kind = program.buffers[root]
         taps[value] = {
-            "offset": memory.offsets[root], "form": tap.form, "dtype": kind.dtype,
+            "offset": memory.offsets[root], "form": tap.form,
+            "dtype": "uint8" if tap.form == "words" else kind.dtype,
             "shape": tap.shape, "perm": tap.perm, "bits": tap.bits, "step": tap.step,
         }  # fmt: skip
     return taps

@@ -264,6 +264,11 @@ def profile(
         DataError: the cache is damaged.
     """
     start = time.perf_counter()
+    if target.cuda:
+        raise UsageError(
+            f"mpqc profile does not know GPUs yet: kernels for {target.name} are chosen by a "
+            "model; benchmarks/gpu.py measures layers and networks"
+        )
     pairs = _pairs(widths)
     runs: Runner = LocalRunner(threads) if runner is None else runner
     if isinstance(runs, LocalRunner) and not target.runs_here:

@@ -14,12 +14,13 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from mpqc.errors import ArtifactError, DataError
+from mpqc.errors import ArtifactError, DataError, EnvironmentLacks, UsageError
 from mpqc.target import host_flags, native
 from mpqc.tensor_type import Array, TensorType
 
 ABI_VERSION = 1
 ALIGNMENT = 64  # of scratch memory [bytes]
+NO_DEVICE = 7  # status: no driver, or no GPU
 
 
 class _Tensor(ctypes.Structure):
@@ -237,9 +238,8 @@ class CompiledModel:
 
     def _check(self, status: int, what: str) -> None:
         if status:
-            raise ArtifactError(
-                f"{self.path}: {what}: {self._library.mpqc_message(status).decode()}"
-            )
+            kind = EnvironmentLacks if status == NO_DEVICE else ArtifactError
+            raise kind(f"{self.path}: {what}: {self._library.mpqc_message(status).decode()}")
 
     def _tensors(self, side: str) -> dict[str, TensorType]:
         described = {}
@@ -280,6 +280,21 @@ class CompiledModel:
     @property
     def scratch_bytes(self) -> int:
         return int(self._library.mpqc_scratch_bytes(self.threads))
+
+    @property
+    def device_seconds(self) -> float:
+        """Time that the GPU took for the last run or step, copies included [s].
+
+        Raises:
+            UsageError: the model runs on the CPU.
+        """
+        if not hasattr(self._library, "mpqc_device_seconds"):
+            raise UsageError(f"{self.path} runs on the CPU: time it from outside")
+        found = ctypes.c_double()
+        function = self._library.mpqc_device_seconds
+        function.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_double))
+        self._check(function(self._handle, ctypes.byref(found)), "cannot read the GPU's time")
+        return found.value
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once.

@@ -99,6 +99,10 @@ class Selector:
 
     def choose(self, graph: Graph, node: Node) -> Choice:
         """Decide for an IntConv or IntMatMul node of a channels-last graph."""
+        if self.target.cuda:
+            from mpqc.cuda.select import CudaSelector
+
+            return CudaSelector(self.target.cuda, self).choose(graph, node)
         layer, pads, source = geometry(graph, node)
         weight = graph.constants[node.inputs[1]]
         asked = self.by_layer.get(node.name, "auto")

@@ -4,6 +4,7 @@ Each carries the facts that schedules need. A build for a target never contains 
 that the target lacks.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -28,6 +29,8 @@ class Target:
             "vnni", "bitalg", "neon", "dotprod".
         cores: threads that a schedule may count on.
         about: one line for ``mpqc targets``.
+        cuda: architecture of its GPU, "sm_90" and the like; empty where the CPU computes. The
+            other facts are those of the host then.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Target:
     features: frozenset[str] = frozenset()
     cores: int = 4
     about: str = ""
+    cuda: str = ""
 
     def has(self, feature: str) -> bool:
         return feature in self.features
@@ -45,7 +49,9 @@ class Target:
     def runs_here(self) -> bool:
         """Whether this machine executes every instruction that the target may contain."""
         host = native()
-        return self.arch == host.arch and self.features <= host.features
+        if self.arch != host.arch or not self.features <= host.features:
+            return False
+        return not self.cuda or gpu_capability() >= int(self.cuda.removeprefix("sm_"))
 
 
 def _x86(name: str, mcpu: str, bits: int, features: str, about: str, *mattr: str) -> Target:
@@ -73,6 +79,13 @@ def _armv7(name: str, mcpu: str, about: str) -> Target:
     return Target(name, "armv7", llvm, 128, frozenset({"neon"}), 4, about)
 
 
+def _gpu(name: str, arch: str, about: str, *, host: str = "x86_64") -> Target:
+    llvm = {"kind": "llvm", "mtriple": f"{host}-linux-gnu", "mcpu": "generic"}
+    if host == "x86_64":
+        llvm["mcpu"] = "x86-64"
+    return Target(name, host, llvm, 128, frozenset(), 1, about, arch)
+
+
 _AVX512 = ("+avx512vnni", "+avx512bitalg", "+avx512vpopcntdq", "+avx512vbmi")
 
 TARGETS: dict[str, Target] = {
@@ -89,8 +102,14 @@ TARGETS: dict[str, Target] = {
         _arm64("rpi3", "cortex-a53", "Raspberry Pi 3 (64-bit system), Cortex-A53"),
         _arm64("rpi4", "cortex-a72", "Raspberry Pi 4 (64-bit system), Cortex-A72"),
         _arm64("rpi5", "cortex-a76", "Raspberry Pi 5, Cortex-A76", dotprod=True),
-        _arm64("jetson-orin", "cortex-a78", "Jetson Orin CPU cores", dotprod=True),
+        _arm64("jetson-orin-cpu", "cortex-a78", "Jetson Orin CPU cores", dotprod=True),
         _armv7("armv7", "cortex-a9", "32-bit ARM with NEON, hard float"),
+        _gpu("cuda:sm_75", "sm_75", "NVIDIA Turing: T4, RTX 20"),
+        _gpu("cuda:sm_80", "sm_80", "NVIDIA A100"),
+        _gpu("cuda:sm_86", "sm_86", "NVIDIA Ampere: A10, A40, RTX 30"),
+        _gpu("cuda:sm_89", "sm_89", "NVIDIA Ada: L4, L40, RTX 40"),
+        _gpu("cuda:sm_90", "sm_90", "NVIDIA Hopper: H100, H200"),
+        _gpu("jetson-orin", "sm_87", "Jetson Orin's GPU (sm_87), 64-bit ARM host", host="aarch64"),
     )
 }  # fmt: skip
 
@@ -107,6 +126,22 @@ def host_flags() -> frozenset[str]:
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return frozenset()
+
+
+@cache
+def gpu_capability() -> int:
+    """Compute capability of this machine's first GPU, 90 for 9.0; 0 without driver or GPU."""
+    try:
+        driver = ctypes.CDLL(os.environ.get("MPQC_CUDA_DRIVER", "libcuda.so.1"))
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+            return 0
+        for value, attribute in ((major, 75), (minor, 76)):  # numbers of cuda.h
+            if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+                return 0
+    except (OSError, AttributeError):
+        return 0
+    return 10 * major.value + minor.value
 
 
 @cache

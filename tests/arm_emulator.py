@@ -22,7 +22,7 @@ from mpqc.toolchain import find_compiler
 # The oldest core that a target's code must run on, as qemu names it.
 CPUS = {
     "aarch64": "cortex-a53", "rpi3": "cortex-a53", "rpi4": "cortex-a72", "rpi5": "cortex-a76",
-    "jetson-orin": "cortex-a76", "armv7": "cortex-a9",
+    "jetson-orin-cpu": "cortex-a76", "armv7": "cortex-a9",
 }  # fmt: skip
 _QEMU = {"aarch64": "qemu-aarch64", "armv7": "qemu-arm"}
 _ROOT = {"aarch64": "/usr/aarch64-linux-gnu", "armv7": "/usr/arm-linux-gnueabihf"}

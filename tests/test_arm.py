@@ -27,7 +27,7 @@ from tests import arm_emulator, kernel_runner
 from tests.arm_emulator import SIGILL, command, cross_compiler
 from tests.kernel_runner import Case, assembly, run
 
-ARM = [target for target in TARGETS.values() if target.arch != "x86_64"]
+ARM = [target for target in TARGETS.values() if target.arch != "x86_64" and not target.cuda]
 RPI4, RPI5, V7 = TARGETS["rpi4"], TARGETS["rpi5"], TARGETS["armv7"]
 LONG = [name for name, dot in DOTS.items() if dot.chain and dot.llvm == "aarch64"]
 LONG_V7 = [name for name, dot in DOTS.items() if dot.chain and dot.llvm == "arm"]

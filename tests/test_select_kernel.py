@@ -109,7 +109,7 @@ def test_the_instruction_of_int8_follows_the_target(
         ("rpi4", 6, 6, "int8"),
         ("rpi5", 1, 1, "bitplane"),
         ("rpi5", 3, 3, "int8"),
-        ("jetson-orin", 4, 4, "int8"),
+        ("jetson-orin-cpu", 4, 4, "int8"),
         ("armv7", 2, 2, "bitplane"),
     ],
 )

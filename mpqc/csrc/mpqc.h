@@ -22,7 +22,9 @@ enum mpqc_status {
   MPQC_BUSY = 3, /* the instance is running in another thread */
   MPQC_KERNEL_FAILED = 4,
   MPQC_WRONG_SIZE = 5, /* a buffer has not the size that mpqc_describe_... states */
-  MPQC_WRONG_MACHINE = 6 /* this CPU lacks an instruction set that the library uses */
+  MPQC_WRONG_MACHINE = 6, /* this CPU lacks an instruction set that the library uses; or the GPU */
+  MPQC_NO_DEVICE = 7,     /* no driver or no GPU; libraries for GPUs only */
+  MPQC_DEVICE_FAILED = 8  /* the GPU or its driver failed in the middle; no output was written */
 };
 
 typedef struct {

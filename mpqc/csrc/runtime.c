@@ -206,6 +206,8 @@ const char* mpqc_message(int status) {
     case MPQC_KERNEL_FAILED: return "a kernel failed";
     case MPQC_WRONG_SIZE: return "a buffer has not the size that the model states";
     case MPQC_WRONG_MACHINE: return "this CPU lacks instructions that the library was built for";
+    case MPQC_NO_DEVICE: return "no GPU";
+    case MPQC_DEVICE_FAILED: return "the GPU failed";
     default: return "unknown status";
   }
 }

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: kernels as CUDA source and machine code, and libraries that run them."""
