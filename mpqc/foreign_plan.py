@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from mpqc import importer
 from mpqc.errors import PlanError
 from mpqc.graph import Graph, Node
-from mpqc.passes.commute_quantize import MOVES
+from mpqc.passes.moves import moves
 from mpqc.passes.find_layers import find_layers, tied_groups
 from mpqc.pipeline import import_model
 from mpqc.plan import LayerPlan, Plan, SearchRecord
@@ -211,7 +211,7 @@ def _input_bits(graph: Graph, node: Node, widths: Widths) -> tuple[int, ...] | s
     name = value = node.inputs[0]
     while name not in widths:
         producer = graph.producer(name)
-        if producer is None or producer.op not in MOVES or producer.op == "Concat":
+        if producer is None or not (moves(producer) or producer.op == "Pad"):
             break
         name = producer.inputs[0]
     found = name if name in widths else value
