@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 from mpqc import importer
 from mpqc.errors import PlanError
 from mpqc.graph import Graph, Node
-from mpqc.passes.moves import moves
 from mpqc.passes.find_layers import find_layers, tied_groups
+from mpqc.passes.moves import moves
 from mpqc.pipeline import import_model
 from mpqc.plan import LayerPlan, Plan, SearchRecord
 
