@@ -47,9 +47,30 @@ def apply(func: Any, vector_bits: int, cores: int) -> Any:
     result = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     if cores == 1:  # some operators of TVM are born with parallel loops
         result = tvm_ffi.structural_map(result, (tirx.For, _serial))
+    if _names_calls(result):
+        result = tvm_ffi.structural_map(result, (tirx.For, _scalar))
     if func.attrs and "global_symbol" in func.attrs:
         return result.with_attr("global_symbol", func.attrs["global_symbol"])
     return result.without_attr("global_symbol")
+
+
+def _names_calls(func: Any) -> bool:
+    """Whether a let names what a call computes, such as a rounding before an exp."""
+
+    def visit(let: Any) -> Any:
+        return tvm_ffi.structural_walk(let.value, (tvm.ir.Call, tvm_ffi.VisitInterrupt))
+
+    return tvm_ffi.structural_walk(func, (tirx.Let, visit)) is not None
+
+
+def _scalar(loop: Any) -> Any:
+    """TVM 0.27 vectorises a call's operands twice, and refuses two copies of such a let.
+
+    LLVM vectorises the plain loop.
+    """
+    if loop.kind != tirx.ForKind.VECTORIZED:
+        return loop
+    return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
 
 
 def _serial(loop: Any) -> Any:

@@ -37,7 +37,7 @@ def floats(name: str, values: Any) -> Any:
     return typed(name, values, FLOAT)
 
 
-def info(name: str, shape: Sequence[int], kind: int = FLOAT) -> Any:
+def info(name: str, shape: Sequence[int | str], kind: int = FLOAT) -> Any:
     return helper.make_tensor_value_info(name, kind, shape)
 
 

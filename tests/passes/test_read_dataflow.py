@@ -106,7 +106,7 @@ def model(
     ]
     rules = [floats("ws", 0.0037), floats("in.scale", 0.02), zero, floats("out.scale", STEP), same]
     return file(nodes, [*constants, *weights, *rules], [info("x", SHAPE)],
-                [info("y", [None] * 4)], 13)  # fmt: skip
+                [info("y", ["n", "c", "h", "w"])], 13)  # fmt: skip
 
 
 def lowered(path: Path) -> Graph:

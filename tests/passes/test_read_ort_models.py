@@ -9,10 +9,19 @@ import onnx
 import pytest
 from onnx import helper
 
-from mpqc import importer
+from mpqc import importer, pipeline
 from mpqc.ort import Session
 from mpqc.passes.read_quantizers import Reading, read_quantizers
-from tests.passes.quantized_files import Array, compute, file, floats, info
+from tests.passes.quantized_files import (
+    Array,
+    compiled,
+    compute,
+    file,
+    floats,
+    info,
+    library,
+    steps_apart,
+)
 
 node = helper.make_node
 
@@ -105,6 +114,28 @@ def compare(path: Path) -> tuple[Reading, list[float], float]:
     return reading, gaps, size
 
 
+def compare_compiled(path: Path, step: float, *, ties: float = 0.02) -> None:
+    """The library is ONNX Runtime but for a step where a sum lies on a tie, or is rounded."""
+    session, rng = Session(path.read_bytes()), np.random.default_rng(3)
+    apart, largest, elements = 0, 0.0, 0
+    with library(path) as model:
+        for _ in range(8):
+            x = rng.standard_normal((1, 3, 8, 8)).astype(np.float32)
+            got, want = model.run({"x": x})["y"], session.run({"x": x})["y"]
+            count, gap = steps_apart(got, want, step)
+            apart, largest, elements = apart + count, max(largest, gap), elements + got.size
+    assert largest < 2.5
+    assert apart <= ties * elements
+
+
+def last_step(reading: Reading) -> float:
+    """Scale of the output."""
+    made = reading.graph.producer("y")
+    assert made is not None
+    assert made.op == "Dequantize"
+    return made.float_attr("scale")
+
+
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
 @pytest.mark.parametrize(
     ("activations", "weights"), [("uint8", "int8"), ("int8", "int8"), ("uint8", "uint8")]
@@ -131,6 +162,13 @@ def test_static_quantization(
     # a step of the output, which one tie on the way may cost
     assert np.median(gaps) <= 0.02 * size
     assert max(gaps) <= 0.1 * size
+    assert pipeline.read_model(path).kept == {}
+    compare_compiled(path, last_step(reading))
+
+
+def test_reduced_range(tmp_path: Path) -> None:
+    path = quantized(tmp_path, static("QDQ", "uint8", "int8", reduce_range=True))
+    compare_compiled(path, last_step(read_quantizers(importer.load(path))))
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int4", 4), ("uint4", 4), ("int16", 16)])
@@ -144,11 +182,15 @@ def test_weights_of_other_widths(tmp_path: Path, kind: str, bits: int) -> None:
     assert bool(reading.kept) == (bits == 16)
     assert np.median(gaps) <= 0.02 * size
     assert max(gaps) <= 0.2 * size
+    layers = {n.op for n in pipeline.import_model(path)} & {"IntConv", "Conv"}
+    assert layers == ({"Conv"} if bits == 16 else {"IntConv"})
+    compare_compiled(path, 0.01 * size if bits == 16 else last_step(reading))
 
 
-def test_dynamic_quantization(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["uint8", "int8"])
+def test_dynamic_quantization(tmp_path: Path, weights: str) -> None:
     def run(source: str, target: str) -> None:
-        quantization.quantize_dynamic(source, target, weight_type=KINDS["uint8"])
+        quantization.quantize_dynamic(source, target, weight_type=KINDS[weights])
 
     path = quantized(tmp_path, run)
     reading, gaps, size = compare(path)
@@ -156,6 +198,7 @@ def test_dynamic_quantization(tmp_path: Path) -> None:
     assert len(found) == 5
     assert all("its scale follows from the data" in kept.reason for kept in reading.kept)
     assert max(gaps) <= 1e-3 * size
+    compare_compiled(path, 1e-3 * size, ties=0)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -186,3 +229,4 @@ def test_blocked_weights(tmp_path: Path, symmetric: bool, form: str) -> None:
     (name,) = want
     got = compute(reading.graph, {"x": x})[name]
     np.testing.assert_allclose(got, want[name], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(compiled(path, {"x": x})[name], got, rtol=1e-5, atol=1e-5)

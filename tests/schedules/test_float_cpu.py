@@ -43,6 +43,14 @@ KERNELS = {
         "group=17, pads=[2,2,2,2], strides=[2,2]" + NHWC),
     "depthwise_first": conv(
         "f32[1,17,9,10]", "f32[17,1,3,3]", "f32[1,17,9,10]", "group=17, pads=[1,1,1,1]"),
+    "rounded_sigmoid": """
+        %x = Input() : f32[1,6,6,16]
+        %r = Round(%x) : f32[1,6,6,16]
+        %s = Sigmoid(%r) : f32[1,6,6,16]
+        %t = Round(%s) : f32[1,6,6,16]
+        %m = Mul(%r, %t) : f32[1,6,6,16]
+        %y = Round(%m) : f32[1,6,6,16]
+        return %y""",
     "residual": """
         %x = Input() : f32[1,6,6,16]
         %z = Input() : f32[1,6,6,32]
