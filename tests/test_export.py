@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
+from mpqc.calibration import Calibration
 from mpqc.cli import app
 from mpqc.data import open_data
 from mpqc.demo import files
@@ -18,6 +19,7 @@ from mpqc.export_model import Exported, Format, export_model
 from mpqc.graph import Array, Graph, Precision, TensorType
 from mpqc.onnx_quantized import to_dialect
 from mpqc.pipeline import Options, import_model, prepare, quantize
+from mpqc.plan import Plan
 from mpqc.reference import run
 from mpqc.rounding import Accuracy
 from mpqc.target import find_target
@@ -66,6 +68,28 @@ def test_gives_the_results_of_the_integer_graph(tmp_path: Path, form: Format, bi
     # float sums in another order cross a rounding border once in a while; integers never do
     assert np.sort(errors)[15] < 1e-5
     assert max(errors) < (1e-5 if form == "integer" else 0.1)
+
+
+@pytest.mark.parametrize("form", ["qdq", "qcdq", "qonnx", "integer"])
+@pytest.mark.parametrize("bits", ["w2a3", "w1a2", "w4a4", "w8a8", "w5a6"])
+def test_reads_back_as_the_same_integers(tmp_path: Path, form: Format, bits: str) -> None:
+    """Weights, widths, scales and outputs of the read model are those of the compiled one."""
+    path = exported(tmp_path, form, bits).path
+    given, graph = integers(bits), import_model(path)
+    again = quantize(graph, Plan.of(graph, {}), Calibration({}, 0))
+    layers = {node.name: node for node in given if node.op in ("IntConv", "IntMatMul")}
+    assert len(layers) == 7
+    for name, node in layers.items():
+        read = again[name]
+        np.testing.assert_array_equal(
+            given.constants[node.inputs[1]], again.constants[read.inputs[1]]
+        )
+        for key in ("weight_bits", "activation_bits", "zero_point", "weight_levels"):
+            assert read.attrs[key] == node.attrs[key], (name, key)
+    feeds = {"input": np.load(DEMO.test)["input"][:1]}
+    (wanted,) = run(given, feeds).values()
+    (found,) = run(again, feeds).values()
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_qonnx_holds_the_same_numbers_as_qdq(tmp_path: Path) -> None:
