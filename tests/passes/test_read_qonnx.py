@@ -14,15 +14,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from mpqc import importer
+from mpqc import importer, pipeline
 from mpqc.errors import ModelError
+from mpqc.graph import Precision
+from mpqc.passes.find_layers import find_integer_layers
 from mpqc.passes.read_quantizers import Reading, read_quantizers
 from tests.passes.quantized_files import (
     Array,
+    compiled,
     compute,
     file,
     floats,
     info,
+    library,
     only,
     ops,
     read,
@@ -346,6 +350,110 @@ def test_trunc_of_version_1(tmp_path: Path, mode: str) -> None:
     assert [kept.node for kept in reading.kept] == ["trunc"]
 
 
+# ---- compiled --------------------------------------------------------------------------------
+
+# rounding, weight bits, activation bits, signed, narrow, scale of the activations, zero point
+LAYERS = [
+    ("ROUND", 4, 4, True, False, 0.25, 0),
+    ("HALF_EVEN", 3, 2, False, False, 0.3, 0),
+    ("CEIL", 2, 3, True, True, 0.25, 0),
+    ("FLOOR", 8, 8, True, False, 0.3, 0),
+    ("UP", 5, 6, False, True, 0.25, 0),
+    ("DOWN", 7, 5, True, False, 0.1, 0),
+    ("HALF_UP", 1, 4, True, False, 0.25, 0),
+    ("HALF_DOWN", 6, 7, True, True, 0.3, 0),
+    ("ROUND", 4, 8, False, False, 0.25, 100),
+    ("ROUND", 4, 1, True, False, 0.25, 0),
+    ("FLOOR", 3, 4, True, False, 0.25, 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "weight_bits", "bits", "signed", "narrow", "scale", "zero"), LAYERS
+)
+def test_layers_run_on_integers(
+    tmp_path: Path, mode: str, weight_bits: int, bits: int, signed: bool, narrow: bool,
+    scale: float, zero: int,
+) -> None:  # fmt: skip
+    """Quantizers of any rounding, and between them a layer, from file to library."""
+    rng = np.random.default_rng(bits)
+    w = rng.uniform(-1, 1, (6, 4, 3, 3)).astype(np.float32)
+    channels = rng.uniform(0.1, 0.3, (6, 1, 1, 1)).astype(np.float32)
+    content = file(
+        [
+            node("Quant", ["x", "s", "z", "b"], ["q"], "data", domain=DOMAIN,
+                 signed=int(signed), narrow=int(narrow), rounding_mode=mode),
+            node("Quant", ["w", "ws", "wz", "wb"], ["v"], "weights", domain=DOMAIN, signed=1,
+                 narrow=1, rounding_mode=mode),
+            node("Conv", ["q", "v"], ["y"], "layer"),
+        ],
+        [floats("s", scale), floats("z", zero), floats("b", bits), floats("w", w),
+         floats("ws", channels), floats("wz", 0), floats("wb", weight_bits)],
+        [info("x", [1, 4, 6, 6])], [info("y", [1, 6, 4, 4])], 13, {DOMAIN: 1},
+    )  # fmt: skip
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    found = find_integer_layers(pipeline.import_model(path))
+    assert {layer.name: precision for layer, precision in found.items()} == {
+        "layer": Precision(weight_bits, bits)
+    }
+    x = data(rng, (1, 4, 6, 6), np.float32(scale), 2.0**bits)
+    codes = int_quant(x, np.float32(scale), np.float32(zero), np.array(bits), signed, narrow, mode)
+    weights = int_quant(w, channels, np.float32(0), np.array(weight_bits), True, True, mode)
+    windows = np.lib.stride_tricks.sliding_window_view(codes[0].astype(np.float64), (3, 3), (1, 2))
+    want = np.einsum("chwyx,ocyx->ohw", windows, weights.astype(np.float64))[None]
+    np.testing.assert_allclose(compiled(path, {"x": x})["y"], want, rtol=1e-5, atol=1e-4)
+
+
+def test_scales_by_channel_run_in_depthwise_layers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scale = np.array([0.5, 0.25, 1, 0.125], np.float32).reshape(1, 4, 1, 1)
+    w = rng.uniform(-1, 1, (4, 1, 3, 3)).astype(np.float32)
+    content = file(
+        [
+            node("Quant", ["x", "s", "z", "b"], ["q"], "data", domain=DOMAIN, signed=1, narrow=0),
+            node("Quant", ["w", "ws", "z", "b"], ["v"], "weights", domain=DOMAIN, signed=1,
+                 narrow=0),
+            node("Conv", ["q", "v"], ["y"], "layer", group=4),
+        ],
+        [floats("s", scale), floats("z", 0), floats("b", 4), floats("w", w), floats("ws", 0.125)],
+        [info("x", [1, 4, 6, 6])], [info("y", [1, 4, 4, 4])], 13, {DOMAIN: 1},
+    )  # fmt: skip
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    imported = pipeline.read_model(path)
+    assert [n.op for n in imported.graph if n.op in ("Conv", "IntConv")] == ["IntConv"]
+    assert list(imported.kept) == ["data"]
+    x = data(rng, (1, 4, 6, 6), scale, 16)
+    want = compute(read_quantizers(importer.load(path)).graph, {"x": x})["y"]
+    np.testing.assert_allclose(compiled(path, {"x": x})["y"], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_truncated_means_run(tmp_path: Path, version: int) -> None:
+    """What Brevitas writes for an average: the sum of codes, of which the low bits go."""
+    operands = ["m", "s", "z", "ib", *(["os"] if version == 2 else []), "ob"]
+    content = file(
+        [
+            node("Quant", ["x", "s", "z", "b"], ["q"], "data", domain=DOMAIN, signed=0, narrow=0),
+            node("AveragePool", ["q"], ["p"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+            node("Mul", ["p", "four"], ["m"], "sum"),
+            node("Trunc", operands, ["t"], "trunc", domain=DOMAIN, signed=0, narrow=0,
+                 rounding_mode="FLOOR"),
+        ],
+        [floats("s", 0.5), floats("z", 0), floats("b", 4), floats("four", 4), floats("ib", 6),
+         floats("ob", 4), floats("os", 2)],
+        [info("x", [1, 2, 4, 4])], [info("t", [1, 2, 2, 2])], 13, {DOMAIN: version},
+    )  # fmt: skip
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    x = np.random.default_rng(0).uniform(0, 8, (1, 2, 4, 4)).astype(np.float32)
+    codes = np.clip(np.round(x / np.float32(0.5)), 0, 15)
+    sums = codes.reshape(1, 2, 2, 2, 2, 2).sum(axis=(3, 5))
+    want = np.floor(sums / 4) * (2 if version == 2 else 0.5)
+    np.testing.assert_array_equal(compiled(path, {"x": x})["t"], want)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 X = np.zeros((2, 3), np.float32)
@@ -454,10 +562,15 @@ def test_real_models_give_what_the_package_gives(
     graph = read_quantizers(importer.load(shared_models / name)).graph
     (source,), (target,) = graph.inputs, graph.outputs
     rng = np.random.default_rng(0)
-    for _ in range(3):
-        x = rng.uniform(0, 1, (1, *MODELS[name])).astype(np.float32)
-        want = executor.execute_onnx(model, {source: x})[target]
-        np.testing.assert_allclose(compute(graph, {source: x})[target], want, rtol=1e-5, atol=1e-6)
+    with library(shared_models / name) as built:
+        for _ in range(3):
+            x = rng.uniform(0, 1, (1, *MODELS[name])).astype(np.float32)
+            want = executor.execute_onnx(model, {source: x})[target]
+            np.testing.assert_allclose(
+                compute(graph, {source: x})[target], want, rtol=1e-5, atol=1e-6
+            )
+            got = built.run({source: x})[target]
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
