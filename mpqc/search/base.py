@@ -26,6 +26,7 @@ BUILT_IN: Mapping[str, str] = {
     "sensitivity": "mpqc.search.sensitivity:Sensitivity",
     "exchange": "mpqc.search.exchange:Exchange",
     "ebs": "mpqc.search.ebs:Ebs",
+    "dnas": "mpqc.search.dnas:Dnas",
     "reverse": "mpqc.search.baselines:Reverse",
     "random": "mpqc.search.baselines:Random",
 }
@@ -45,7 +46,7 @@ class Search(ABC):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 8)
+    widths: ClassVar[tuple[int | str, ...]] = (2, 3, 4, 5, 6, 8)
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Plan:
@@ -101,7 +102,7 @@ class Method:
     module: str
     summary: str = ""
     needs: frozenset[str] = frozenset()
-    widths: tuple[int, ...] = ()
+    widths: tuple[int | str, ...] = ()
     problem: str = ""
 
 

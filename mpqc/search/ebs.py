@@ -16,7 +16,7 @@ class Ebs(TrainedSearch):
     Attributes:
         strengths: ``deterministic``: softmax; ``stochastic``: Gumbel-softmax samples of it.
         price: weight of the budgets' excess in what strengths minimise.
-        strength_lr: learning rate of the strengths.
+        strength_lr: learning rate of the strengths; 0: 0.01, or more where the search is short.
         strength_optimizer: adam, or sgd with momentum 0.9.
         temperature: of the stochastic strengths, at the start; falls exponentially to a tenth.
         warmup: share of the epochs in which only weights learn.
@@ -30,7 +30,7 @@ class Ebs(TrainedSearch):
 
     strengths: Literal["deterministic", "stochastic"] = "deterministic"
     price: float = 2.0
-    strength_lr: float = 0.01
+    strength_lr: float = 0.0
     strength_optimizer: Literal["adam", "sgd"] = "adam"
     temperature: float = 1.0
     warmup: float = 0.1
@@ -40,8 +40,8 @@ class Ebs(TrainedSearch):
     alpha: Literal["branch", "shared"] = "branch"
 
     def __post_init__(self) -> None:
-        if not (self.price >= 0 and self.strength_lr > 0 and self.temperature > 0):
-            raise UsageError("ebs: strength_lr and temperature are positive, price not negative")
+        if not (self.price >= 0 and self.strength_lr >= 0 and self.temperature > 0):
+            raise UsageError("ebs: temperature is positive, price and strength_lr not negative")
         if not (0 <= self.warmup < 1 and 0 < self.weights_share < 1):
             raise UsageError("ebs: warmup and weights_share are shares, below 1")
 

@@ -22,6 +22,23 @@ class TestEbsStochastic(TrainedContract):
     }
 
 
+class TestDnas(TrainedContract):
+    method = "dnas"
+    options = {"samples": "0"}  # noqa: RUF012
+
+
+@pytest.mark.slow
+class TestDnasSampled(TrainedContract):
+    method = "dnas"
+    options = {  # noqa: RUF012
+        "samples": "2",
+        "short": "0.2",
+        "share_weights": "true",
+        "hard_sample": "true",
+        "cost": "product",
+    }
+
+
 TRAINING = [name for name in base.BUILT_IN if "trainer" in load(name).needs]
 
 

@@ -114,7 +114,7 @@ def learn(
         TrainingDiverged: NaN; the checkpoint is the last good state.
     """
     trainer = open_trainer(problem, method.name())
-    path, about = _place(problem, trainer, method)
+    path, about = place(problem, trainer, method)
     known = Ledger(None if path is None else path.with_suffix(".jsonl"))
     if not known:
         seeded(problem.seed)
@@ -141,7 +141,7 @@ def learn(
     return Scores(losses, unit)
 
 
-def _place(
+def place(
     problem: Problem, trainer: PlanTrainer, method: TrainedSearch
 ) -> tuple[Path | None, dict[str, str]]:
     """File of the checkpoint, and what has to be the same to go on from it."""

@@ -22,7 +22,7 @@ def learned(problem: Problem, method: Ebs) -> Scores:
     """Scores of a search; see ``learn``."""
     schedule = Schedule(
         "both" if method.level == "one" else "step", method.weights_share, method.warmup,
-        method.strength_lr, method.strength_optimizer,
+        method.strength_lr or None, method.strength_optimizer,
     )  # fmt: skip
     return learn(problem, method, lambda ground: EbsRelaxation(ground, method), schedule)
 

@@ -15,11 +15,13 @@ from mpqc.search.problem import Progress, quiet
 from mpqc.search.solve import Losses
 from mpqc.train import checkpoint
 from mpqc.train.batches import Augment, Batch, TrainingSet
-from mpqc.train.loop import Teacher, TrainingDiverged, parameter_groups
+from mpqc.train.loop import Recipe, Teacher, TrainingDiverged, parameter_groups
 from mpqc.train.module import GraphModule
 from mpqc.train.trainer import PlanTrainer
 
 Turns: TypeAlias = Literal["step", "epoch", "both"]
+
+LEAST_RATE, REACH = 0.01, 4.0  # of strengths
 
 
 class Relaxation(ABC):
@@ -28,14 +30,20 @@ class Relaxation(ABC):
     Attributes:
         name: of the method.
         module: the network with its searchable layers, on the device.
+        learning: whether the pass that is drawn for trains strengths; the loop says so.
     """
 
     name: str
     module: GraphModule
+    learning: bool = True
 
     @abstractmethod
     def strengths(self) -> list[torch.nn.Parameter]:
         """What is learned beside the weights: logits, fractional widths."""
+
+    def weight_groups(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """Optimizer's parameter groups of the weights; strengths may be among them."""
+        return parameter_groups(self.module, recipe)
 
     def draw(self, epoch: float) -> None:  # noqa: B027 - most have nothing to draw
         """Before every forward pass: new shares from the strengths as they are."""
@@ -68,7 +76,8 @@ class Schedule:
             own; ``epoch``: likewise by epochs; ``both``: all learn from the same batches.
         weights_share: of the samples for the weights, where strengths have their own.
         warmup: share of the epochs in which only weights learn.
-        lr: of the strengths.
+        lr: of the strengths; None: 0.01, or 4 over their number of steps where that is more, so
+            that a short search can move a logit of Adam's by 4.
         optimizer: of the strengths; SGD has a momentum of 0.9.
         weight_decay: of the strengths.
     """
@@ -76,7 +85,7 @@ class Schedule:
     turns: Turns = "step"
     weights_share: float = 0.5
     warmup: float = 0.0
-    lr: float = 0.01
+    lr: float | None = None
     optimizer: Literal["adam", "sgd"] = "adam"
     weight_decay: float = 0.0
 
@@ -129,7 +138,7 @@ class SearchLoop:
         own = {id(tensor) for tensor in self._strengths}
         groups = [
             group | {"params": [p for p in group["params"] if id(p) not in own]}
-            for group in parameter_groups(module, recipe)
+            for group in relaxation.weight_groups(recipe)
         ]
         groups = [group | {"base": group["lr"]} for group in groups if group["params"]]
         self._weights: Any = (
@@ -137,7 +146,9 @@ class SearchLoop:
             if recipe.optimizer == "adam"
             else torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
         )
-        kind = {"lr": schedule.lr, "weight_decay": schedule.weight_decay}
+        steps = sum(turn.kind != "weights" for turn in self._turns)
+        rate = max(LEAST_RATE, REACH / max(1, steps)) if schedule.lr is None else schedule.lr
+        kind = {"lr": rate, "weight_decay": schedule.weight_decay}
         self._learner: Any = (
             torch.optim.Adam(self._strengths, **kind)
             if schedule.optimizer == "adam"
@@ -219,6 +230,7 @@ class SearchLoop:
         for group in self._weights.param_groups:
             group["lr"] = group["base"] * rate
         module.train()
+        self._method.learning = turn.kind != "weights"
         self._method.draw(turn.epoch)
         targets = None if self._teacher is None else self._teacher(batch)
         loss = self._trainer.objective.loss(module(batch.feeds), targets, batch.labels)
