@@ -1,6 +1,6 @@
 """QONNX, against its definitions in numpy; and those, and whole models, against the qonnx package.
 
-The package is no dependency: ``pip install qonnx`` to run the tests that need it.
+The package comes with the dev extra; without it the tests that need it are skipped.
 """
 
 from collections.abc import Callable
