@@ -518,7 +518,7 @@ int mpqc_read(mpqc_model* m, size_t offset, void* result, size_t bytes) {
 }
 
 /* Time that the GPU took for the last run or step, copies included [s]. */
-int mpqc_device_seconds(mpqc_model* m, double* result) {
+MPQC_API int mpqc_device_seconds(mpqc_model* m, double* result) {
   if (!m || !result) return MPQC_INVALID_ARGUMENT;
   *result = m->seconds;
   return MPQC_OK;

@@ -136,9 +136,16 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("target", [SM75, SM86], ids=lambda t: t.name)
+ON_CUDA_CORES = ("odd levels, zero point", "three channels", "odd groups", "nine-bit weights",
+                 "packs several words")  # fmt: skip
+
+
 @pytest.mark.parametrize("kernel", ["bitplane", "int8"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [*((case, SM86) for case in CASES), *((case, SM75) for case in ON_CUDA_CORES)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_layers_compute_what_the_graph_means(
     case: str,
     kernel: str,
