@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpqc.ort import Session
 
 OPPONENTS: Mapping[str, str] = {
-    "ort-fp32": "the float model in ONNX Runtime, optimised",
+    "ort-fp32": "the model that was compiled in ONNX Runtime, optimised",
     "ort-int8": "the same after onnxruntime.quantization (QDQ, U8S8, per channel, MinMax)",
 }
 WARM_UP = 3  # runs
@@ -150,6 +150,11 @@ def bench(
             "mpqc": lambda count: compiled.seconds(feeds[0], count)
         }
         original = _original(artifact, model) if against else None
+        if original is not None and artifact.manifest["model"].get("quantized"):
+            name, session = _quantized(artifact, original, against, threads)
+            session.run(feeds[0])
+            runs[name] = lambda count: session.seconds(feeds[0], count)
+            against = ()
         for name in against:
             runs[name] = _opponent(name, original, feeds, threads)
         times = take_turns(runs, repeat)
@@ -206,6 +211,28 @@ def _opponent(
         raise ModelError(f"{name} needs the float model")
     session = opponent(name, model, feeds, threads)
     return lambda count: session.seconds(feeds[0], count)
+
+
+def _quantized(
+    artifact: Artifact, model: Path, against: Sequence[str], threads: int
+) -> tuple[str, "Session"]:
+    """What a model that was quantized already competes with: itself, its integers fused by ORT."""
+    from mpqc.ort import Session
+
+    if "ort-int8" in against:
+        raise UsageError(
+            f"{model.name} is quantized already, ort-int8 would quantize it once more: "
+            "--against ort-fp32 runs it as it is"
+        )
+    try:
+        return "ort", Session(model, threads, optimise=True)
+    except ModelError:  # QONNX
+        from mpqc.onnx_export import to_onnx
+        from mpqc.pipeline import read_fake_quantized
+
+        report = artifact.report
+        graph, _ = read_fake_quantized(model, report["dims"], report["batch"])
+        return "ort (standard operators)", Session(to_onnx(graph), threads, optimise=True)
 
 
 def opponent(

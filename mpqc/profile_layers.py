@@ -33,7 +33,7 @@ from mpqc.latency import (
     table_path,
     versions,
 )
-from mpqc.passes.find_layers import find_layers
+from mpqc.passes.find_layers import find_layers, why_none
 from mpqc.plan import Plan
 from mpqc.program import Program, plan_memory
 from mpqc.runtime import CompiledModel
@@ -385,7 +385,7 @@ class _Network:
         graph = import_model(model, dims)
         plan = Plan.uniform(graph, Precision(8, 8), None)
         if not plan.layers:
-            raise UsageError("the model has no layer that can be quantized: mpqc inspect says why")
+            raise UsageError(why_none(graph))
         calibration = calibrate_plan(graph, plan, _random_data(graph), Options(target))
         macs = sum(layer.macs for layer in find_layers(graph))
         bare = cls(graph, calibration, plan, {}, importer.sha256(model), target, macs)

@@ -84,6 +84,17 @@ def find_integer_layers(graph: Graph) -> dict[Layer, Precision]:
     }
 
 
+def why_none(graph: Graph) -> str:
+    """Why a graph has no layer to choose widths for: what to tell the user."""
+    if given := find_integer_layers(graph):
+        widths = ", ".join(sorted({str(precision) for precision in given.values()}))
+        return (
+            f"the model is quantized already ({widths}), there are no widths to choose: compile "
+            "it as it is, or give the float model that it came from"
+        )
+    return "the model has no layer that can be quantized: mpqc inspect says why"
+
+
 def find_float_layers(graph: Graph) -> tuple[FloatLayer, ...]:
     """Convolutions and products that cannot be quantized, each with its reason."""
     return tuple(

@@ -1,5 +1,6 @@
 """Models that are quantized already: true widths, equal codes, their accuracy, real sizes."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from mpqc.artifact import Artifact
+from mpqc.bench import bench
 from mpqc.cli import app
 from mpqc.data import Data, open_data
 from mpqc.errors import UsageError
@@ -283,3 +285,29 @@ def test_small_models_come_back(tmp_path: Path, form: Format) -> None:
         (wanted,) = Session(source).run(feed).values()
         (found_y,) = Session(made.path).run(feed).values()
         assert float(np.abs(found_y - wanted).max()) <= 0.04 * float(np.abs(wanted).max())
+
+
+def test_verbs_that_choose_widths_say_that_there_are_none(tmp_path: Path) -> None:
+    model, run = conv_qdq(tmp_path / "m.onnx"), CliRunner()
+    for verb in (["search", "--method", "eagl", "--budget", "bitops=w4a4"], ["profile"]):
+        result = run.invoke(app, [verb[0], str(model), *verb[1:], "-o", str(tmp_path / "out")])
+        assert result.exit_code == 2, result.output
+        assert "quantized already (w4a8, w8a8)" in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_competes_with_onnx_runtime_on_the_file_itself(tmp_path: Path) -> None:
+    run, out = CliRunner(), tmp_path / "out"
+    compile_model(conv_qdq(tmp_path / "m.onnx"), out, OPTIONS)
+    result = run.invoke(app, ["bench", str(out), "--repeat", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    names = [timing["name"] for timing in json.loads(result.stdout)["timings"]]
+    assert names == ["mpqc", "ort"]
+    refused = run.invoke(app, ["bench", str(out), "--against", "ort-int8"])
+    assert refused.exit_code == 2
+    assert "quantized already" in refused.stderr
+
+
+def test_competes_with_standard_operators_where_the_file_does_not_run(compiled: Compile) -> None:
+    names = [timing.name for timing in bench(compiled("TFC_2W2A"), repeat=2).timings]
+    assert names == ["mpqc", "ort (standard operators)"]

@@ -9,7 +9,7 @@ from mpqc.budget import Budget
 from mpqc.errors import UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.passes.estimate_cost import FLOAT_BITS, layer_cost
-from mpqc.passes.find_layers import Layer, find_layers, first_layers, last_layers
+from mpqc.passes.find_layers import Layer, find_layers, first_layers, last_layers, why_none
 from mpqc.plan import Plan
 from mpqc.search.constraints import Constraints
 from mpqc.search.problem import CostFunction, Problem, shared_inputs
@@ -89,7 +89,7 @@ def make_problem(
     """
     layers = find_layers(graph)
     if not layers:
-        raise UsageError("the model has no layer that can be quantized: mpqc inspect says why")
+        raise UsageError(why_none(graph))
     functions = {**COSTS, **(costs or {})}
     matched = (constraints or Constraints()).matched(layer.name for layer in layers)
     fixed = {} if ends is None else dict.fromkeys((*first_layers(graph), *last_layers(graph)), ends)
