@@ -1,15 +1,15 @@
-"""Boards over ssh: a server of our own on this machine's loopback stands for one."""
+"""Boards: a server of our own on this machine's loopback stands for one.
 
-import getpass
+What both ways to a board must do is tested over ssh and over TVM's RPC; what only ssh knows is
+tested below, what only RPC knows in test_rpc.py.
+"""
+
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import pytest
 from mpqc import demo
 from mpqc.artifact import Artifact
 from mpqc.boards.board import Board, target_of
+from mpqc.boards.connection import Connection
+from mpqc.boards.rpc import Rpc
 from mpqc.boards.ssh import COMMAND, Ssh
 from mpqc.data import open_data
 from mpqc.errors import ArtifactError, EnvironmentLacks, UsageError
@@ -27,70 +29,9 @@ from mpqc.pipeline import Options, compile_model
 from mpqc.profile_layers import Runner
 from mpqc.runtime import CompiledModel
 from mpqc.target import native
-from tests.c_programs import call, needs
-
-ROOT = Path(__file__).parents[1]
-
-
-@dataclass
-class Server:
-    """A running ssh server.
-
-    Attributes:
-        host: how to reach it.
-        command: ssh with the options that it needs.
-        folder: of keys.
-    """
-
-    host: str
-    command: str
-    folder: Path
-    process: subprocess.Popen[bytes]
-
-
-def start_server(folder: Path) -> Server:
-    for tool in ("ssh", "ssh-keygen"):
-        needs(tool)
-    sshd = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
-    if sshd is None:
-        pytest.skip("sshd is not installed (Debian: apt install openssh-server)")
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)
-    for name in ("host", "user", "stranger"):
-        call(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)])
-    shutil.copy(folder / "user.pub", folder / "authorized")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "sshd.conf").write_text(
-        f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nPidFile none\n"
-        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
-        "PermitRootLogin yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n",
-        encoding="ascii",
-    )
-    key = (folder / "host.pub").read_text(encoding="ascii")
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {key}", encoding="ascii")
-    process = subprocess.Popen(
-        [sshd, "-D", "-e", "-f", str(folder / "sshd.conf")],
-        stderr=(folder / "log").open("wb"),
-    )
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    command = (
-        f"ssh -F none -o UserKnownHostsFile={folder}/known -o IdentitiesOnly=yes -i {folder}/user"
-    )
-    host = f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
-    probe_ = subprocess.run(
-        [*command.split(), "-o", "BatchMode=yes", host, "true"], capture_output=True, check=False
-    )
-    if probe_.returncode:
-        process.terminate()
-        log = (folder / "log").read_text(errors="replace")
-        pytest.skip(f"this system does not let us in by ssh: {probe_.stderr!r} {log[-300:]}")
-    return Server(host, command, folder, process)
+from tests.mpqc_program import mpqc
+from tests.ssh_server import Server, start_server
+from tests.tvm_rpc import Farm, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +42,48 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     found.process.wait()
 
 
-@pytest.fixture(autouse=True)
-def _own_ssh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "server" in request.fixturenames:
-        monkeypatch.setenv(COMMAND, request.getfixturevalue("server").command)
+@pytest.fixture
+def _own_ssh(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with a server reaches it by the keys of its own."""
+    monkeypatch.setenv(COMMAND, server.command)
+
+
+@dataclass
+class Way:
+    """To a board.
+
+    Attributes:
+        options: of the command line.
+        host: the board's name in results and messages.
+        connect: with a time-out.
+    """
+
+    options: tuple[str, ...]
+    host: str
+    connect: Callable[[float], Connection]
+
+    def board(self, timeout: float = 60.0) -> Board:
+        return Board(self.connect(timeout), native())
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    with Farm(tmp_path_factory.mktemp("rpc")) as found:
+        found.add("here")
+        yield found
+
+
+@pytest.fixture(params=["ssh", "rpc"])
+def way(request: pytest.FixtureRequest) -> Way:
+    if request.param == "ssh":
+        request.getfixturevalue("_own_ssh")
+        host = request.getfixturevalue("server").host
+        return Way(("--ssh", host), host, lambda timeout: Ssh(host, timeout))
+    tracker = request.getfixturevalue("farm").address
+    return Way(
+        ("--tracker", tracker, "--key", "here"), f"here (tracker {tracker})",
+        lambda timeout: Rpc(tracker, "here", native(), timeout),
+    )  # fmt: skip
 
 
 def compile_demo(folder: Path, bits: str) -> Artifact:
@@ -120,28 +99,20 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return compile_demo(tmp_path_factory.mktemp("digits") / "w4a4", "w4a4")
 
 
-def mpqc(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "mpqc", *arguments],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-
-
 # Running --------------------------------------------------------------------------------------
 
 
-def test_a_board_computes_the_same(server: Server, artifact: Artifact) -> None:
+def test_a_board_computes_the_same(way: Way, artifact: Artifact) -> None:
     with np.load(demo.files()[2]) as arrays:
         feeds = {"input": arrays["input"][:1]}
-    with Board(Ssh(server.host), native()) as board, CompiledModel(artifact.library) as here:
+    with way.board() as board, CompiledModel(artifact.library) as here:
         remote = board.load(artifact)
         assert (remote.inputs, remote.outputs) == (here.inputs, here.outputs)
         np.testing.assert_array_equal(remote.run(feeds)["logits"], here.run(feeds)["logits"])
 
 
-def test_verify_compares_every_value_on_the_board(server: Server, artifact: Artifact) -> None:
-    result = mpqc("verify", str(artifact.folder), "--ssh", server.host, "--layers",
+def test_verify_compares_every_value_on_the_board(way: Way, artifact: Artifact) -> None:
+    result = mpqc("verify", str(artifact.folder), *way.options, "--layers",
                   "--data", str(demo.files()[2]), "--max-samples", "3", "--json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
@@ -151,19 +122,19 @@ def test_verify_compares_every_value_on_the_board(server: Server, artifact: Arti
 
 
 def test_verify_sees_a_wrong_library_on_the_board(
-    server: Server, artifact: Artifact, tmp_path: Path
+    way: Way, artifact: Artifact, tmp_path: Path
 ) -> None:
     """Another width's library under this artifact's name."""
     other = compile_demo(tmp_path / "w2a2", "w2a2")
     shutil.copytree(artifact.folder, tmp_path / "mixed")
     shutil.copy(other.library, tmp_path / "mixed/model.so")
-    result = mpqc("verify", str(tmp_path / "mixed"), "--ssh", server.host)
+    result = mpqc("verify", str(tmp_path / "mixed"), *way.options)
     assert result.returncode == 1
     assert "FAILED" in result.stdout + result.stderr
 
 
-def test_bench_measures_on_the_board(server: Server, artifact: Artifact) -> None:
-    result = mpqc("bench", str(artifact.folder), "--ssh", server.host, "--per-layer",
+def test_bench_measures_on_the_board(way: Way, artifact: Artifact) -> None:
+    result = mpqc("bench", str(artifact.folder), *way.options, "--per-layer",
                   "--threads", "2", "--repeat", "7", "--json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
@@ -172,18 +143,18 @@ def test_bench_measures_on_the_board(server: Server, artifact: Artifact) -> None
     assert 0 < timing["best"] <= timing["median"] < 1
     assert len(found["layers"]) == len(artifact.manifest["steps"])
     assert all(layer["best"] > 0 for layer in found["layers"])
-    assert found["machine"]["host"] == server.host
+    assert found["machine"]["host"] == way.host
     assert found["machine"]["cores"] == os.cpu_count()
 
 
-def test_opponents_stay_here(server: Server, artifact: Artifact) -> None:
-    result = mpqc("bench", str(artifact.folder), "--ssh", server.host, "--against", "ort-int8")
+def test_opponents_stay_here(way: Way, artifact: Artifact) -> None:
+    result = mpqc("bench", str(artifact.folder), *way.options, "--against", "ort-int8")
     assert result.returncode == 2
     assert "a board measures the artifact alone" in result.stderr
 
 
-def test_a_board_is_a_runner_of_profiles(server: Server, artifact: Artifact) -> None:
-    with Board(Ssh(server.host), native()) as board:
+def test_a_board_is_a_runner_of_profiles(way: Way, artifact: Artifact) -> None:
+    with way.board() as board:
         runner: Runner = board
         times = runner.measure([artifact.library, artifact.library], 3)
         assert len(times) == 2
@@ -194,12 +165,12 @@ def test_a_board_is_a_runner_of_profiles(server: Server, artifact: Artifact) -> 
         assert runner.machine()
 
 
-def test_clients_do_not_disturb_each_other(server: Server, artifact: Artifact) -> None:
+def test_clients_do_not_disturb_each_other(way: Way, artifact: Artifact) -> None:
     """Two at once: own folders, measurements one after the other, both answered."""
     found: list[float] = []
 
     def client() -> None:
-        with Board(Ssh(server.host), native()) as board:
+        with way.board() as board:
             for _ in range(3):
                 found.extend(times.whole[0] for times in board.measure([artifact.library], 5))
 
@@ -211,12 +182,30 @@ def test_clients_do_not_disturb_each_other(server: Server, artifact: Artifact) -
     assert len(found) == 6
 
 
-def test_nothing_stays_on_the_board(server: Server, artifact: Artifact) -> None:
-    with Board(Ssh(server.host), native()) as board:
+def test_nothing_stays_on_the_board(way: Way, artifact: Artifact) -> None:
+    with way.board() as board:
         folder = Path(board.connection.folder)
         board.send(artifact.library)
-        assert sorted(path.name for path in folder.iterdir()) == ["measure", "model0.so"]
-    assert not folder.exists()
+        assert {path.name for path in folder.iterdir()} >= {"measure", "model0.so"}
+    wait_until(lambda: not folder.exists(), "removal of our folder", 5)
+
+
+def test_libraries_that_were_measured_do_not_pile_up(way: Way, artifact: Artifact) -> None:
+    with way.board() as board:
+        board.measure([artifact.library, artifact.library], 1)
+        assert not list(Path(board.connection.folder).glob("model*"))
+
+
+def test_a_board_runs_programs_as_it_is_told(way: Way, artifact: Artifact) -> None:
+    """--via: here it counts the runs."""
+    connection = way.connect(60)
+    counter = Path(connection.folder) / "count"
+    counter.write_text('#!/bin/sh\necho run >> "$0.log"\nexec "$@"\n', "ascii")
+    counter.chmod(0o755)
+    with Board(connection, native(), via=str(counter)) as board:
+        board.measure([artifact.library], 1)
+        assert counter.with_suffix(".log").read_text() == "run\n"
+    connection.close()  # once more does no harm
 
 
 def test_an_artifact_knows_its_machine(artifact: Artifact) -> None:
@@ -238,7 +227,8 @@ def test_a_wrong_key_is_named(
     assert "Permission denied" in result.stderr
 
 
-def test_an_unreachable_board_is_named(server: Server, artifact: Artifact) -> None:
+@pytest.mark.usefixtures("_own_ssh")
+def test_an_unreachable_board_is_named(artifact: Artifact) -> None:
     result = mpqc("verify", str(artifact.folder), "--ssh", "ssh://nobody@127.0.0.1:9")
     assert result.returncode == 3
     assert "127.0.0.1:9 cannot be reached over ssh" in result.stderr
@@ -270,12 +260,12 @@ def test_a_board_that_goes_away_in_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     own.process.wait()
 
 
-def test_a_board_that_hangs(server: Server) -> None:
-    with Ssh(server.host, timeout=5) as ssh:
-        ssh.timeout = 0.5
+def test_a_board_that_hangs(way: Way) -> None:
+    with way.connect(5) as board:
+        board.timeout = 0.5
         with pytest.raises(EnvironmentLacks, match=r"did not finish within 0\.5 s"):
-            ssh.run("sleep 20")
-        ssh.timeout = 5
+            board.run("sleep 20")
+        board.timeout = 5
 
 
 @pytest.mark.parametrize(
@@ -290,21 +280,21 @@ def test_a_board_that_hangs(server: Server) -> None:
     ],
 )  # fmt: skip
 def test_ends_of_programs_are_explained(
-    server: Server, command: str, error: type[Exception], message: str
+    way: Way, command: str, error: type[Exception], message: str
 ) -> None:
-    with Ssh(server.host) as ssh, pytest.raises(error, match=message):
-        ssh.run(command)
+    with way.connect(60) as board, pytest.raises(error, match=message):
+        board.run(command)
 
 
-def test_a_full_disk_is_named(server: Server, artifact: Artifact) -> None:
-    with Ssh(server.host) as ssh:
-        (Path(ssh.folder) / "model.so.part").symlink_to("/dev/full")
+def test_a_full_disk_is_named(way: Way, artifact: Artifact) -> None:
+    with way.connect(60) as board:
+        (Path(board.folder) / "model.so.part").symlink_to("/dev/full")
         with pytest.raises(EnvironmentLacks, match=r"cannot copy model\.so: .*No space left"):
-            ssh.upload({"model.so": artifact.library})
+            board.upload({"model.so": artifact.library})
 
 
-def test_the_measuring_program_explains_itself(server: Server, artifact: Artifact) -> None:
-    with Board(Ssh(server.host), native()) as board:
+def test_the_measuring_program_explains_itself(way: Way, artifact: Artifact) -> None:
+    with way.board() as board:
         place = board.send(artifact.library)
         for arguments, message in (
             ("", "usage: measure run"),

@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 START_SECONDS = 60.0
 
 
@@ -64,13 +65,19 @@ class Farm:
             key, "tvm.exec.rpc_server", "--host", "127.0.0.1", *self._at(free_port()),
             "--tracker", self.address, "--key", key,
         )  # fmt: skip
-        wait_until(lambda: key in self.keys(), f"registration of {key}")
+        wait_until(lambda: self.knows(key), f"registration of {key}")
 
-    def keys(self) -> set[str]:
+    def add_emulated(self, key: str, program: Sequence[str]) -> None:
+        """The same with sessions that a program serves; see emulated_rpc_server.py."""
+        self._start(key, "tests.emulated_rpc_server", self.address, key, *program)
+        wait_until(lambda: self.knows(key), f"registration of {key}")
+
+    def knows(self, key: str) -> bool:
+        """Whether a board has registered with the tracker."""
         from mpqc.boards.rpc import _Tracker
 
         with _Tracker.connect(self.address) as tracker:
-            return set(tracker.keys())
+            return key in tracker.keys()  # noqa: SIM118 - a method that asks
 
     def signal(self, name: str, number: int) -> None:
         """To a process and all that it has started."""
@@ -89,6 +96,7 @@ class Farm:
     def _start(self, name: str, module: str, *arguments: str) -> None:
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(self.folder / f"{name}.log").open("wb"),

@@ -13,6 +13,7 @@ import struct
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -105,10 +106,13 @@ class Rpc(Connection):
         if started:
             raise EnvironmentLacks(f"{self.host} cannot start a command: error {started}")
         end = time.monotonic() + self.timeout
-        while (status := self._function("wait", round(WAIT_SECONDS * 1000))) < 0:
-            if time.monotonic() > end:
+        status = -1
+        while status < 0:
+            left = end - time.monotonic()
+            if left <= 0:
                 self._function("stop")
                 raise self.hangs()
+            status = self._function("wait", round(min(left, WAIT_SECONDS) * 1000))
         return Ended(status, self._fetch("said"), self._fetch("why"))
 
     def _function(self, name: str, *arguments: Any) -> int:
@@ -153,8 +157,9 @@ class _Calls:
             try:
                 future.set_result(call())
             except BaseException as error:
+                traceback.clear_frames(error.__traceback__)
                 future.set_exception(error)
-            del asked, call, future  # they hold the session
+            del asked, call, future  # they and the frames hold the session
 
     def __call__(self, call: Callable[[], Answer], seconds: float) -> Answer:
         """Answer of a call.
@@ -188,6 +193,7 @@ class _Calls:
         return self._lost
 
     def end(self) -> None:
+        self._lost = self._lost or EnvironmentLacks(f"the session with {self._host} has ended")
         self._waiting.put(None)
 
 
