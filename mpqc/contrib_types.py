@@ -69,6 +69,8 @@ def _type(op: str, given: list[TensorType | None], attrs: Mapping[str, Any]) -> 
             axes = tuple(attrs["axes"].ints) if "axes" in attrs else ()
             return _reduced(need(0), axes, number("keepdims", 1))
         case "QGemm":
+            if not len(need(0).shape) == len(need(3).shape) == 2:
+                raise ModelError("its operands are no matrices; export the model again")
             rows = need(0).shape[1 if number("transA", 0) else 0]
             columns = need(3).shape[0 if number("transB", 0) else 1]
             zero = optional(8)

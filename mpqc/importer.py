@@ -368,6 +368,10 @@ class _Folder:
         outputs = [name for name in proto.output if name]
         custom = "::" in op
         if custom and proto.op_type in _SHAPE_KEEPING:
+            if not proto.input or not proto.input[0]:
+                raise ModelError(
+                    f"{op} {proto.name!r} lacks its first operand; export the model again"
+                )
             return dict.fromkeys(outputs, self.types[proto.input[0]])
         if proto.domain == contrib_types.DOMAIN:
             known = contrib_types.contrib_types(proto, self.types)

@@ -1,6 +1,6 @@
 """Readers of QuantizeLinear, DequantizeLinear and what stands between them: QDQ and QCDQ."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -320,4 +320,8 @@ READERS: Mapping[str, Handler] = {
     "DynamicQuantizeLinear": dynamic_quantize_linear,
     "com.microsoft::QuantizeLinear": quantize_linear,
     "com.microsoft::DequantizeLinear": dequantize_linear,
+}
+
+OPERANDS: Mapping[str, tuple[Sequence[int], int]] = {
+    op: (range(1), 1) if op.startswith("Dynamic") else (range(2), 3) for op in READERS
 }

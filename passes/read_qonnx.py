@@ -1,6 +1,6 @@
 """Readers of QONNX: Quant, BipolarQuant and Trunc, as the qonnx package computes them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -382,4 +382,10 @@ _OPERATORS: Mapping[str, Handler] = {
 
 READERS: Mapping[str, Handler] = {
     f"{domain}::{op}": read for domain in DOMAINS for op, read in _OPERATORS.items()
+}
+
+_COUNTS = {"Quant": 4, "IntQuant": 4, "BipolarQuant": 2, "Trunc": 5, "FloatQuant": 1}
+
+OPERANDS: Mapping[str, tuple[Sequence[int], int]] = {
+    f"{domain}::{op}": (range(count), 99) for domain in DOMAINS for op, count in _COUNTS.items()
 }

@@ -13,6 +13,7 @@ from mpqc.graph import Array, Attribute, Node, TensorType
 from mpqc.numerics import along
 from mpqc.packing import unpack_elements
 from mpqc.passes.quantized_values import (
+    INTEGER_BITS,
     Grid,
     Operand,
     Reader,
@@ -52,7 +53,7 @@ def qlinear_matmul(reader: Reader, node: Node) -> None:
 
 def qgemm(reader: Reader, node: Node) -> None:
     """ONNX Runtime's ``QGemm``: int32 bias, and codes or float32 out."""
-    a, a_scale, az, b, bs, bz, c, ys, yz = (*node.inputs, "", "", "")[:9]
+    a, a_scale, az, b, bs, bz, c, ys, yz = (*node.inputs, *[""] * 9)[:9]
     transposed = node.int_attr("transB", 0)
     data = _told(reader, node, a, a_scale, az)
     inputs = [data, _told(reader, node, b, bs, bz, axis=0 if transposed else 1)]
@@ -71,7 +72,7 @@ def qgemm(reader: Reader, node: Node) -> None:
 
 def _binary(op: str) -> "Handler":
     def read(reader: Reader, node: Node) -> None:
-        a, a_scale, az, b, bs, bz, ys, yz = (*node.inputs, "")[:8]
+        a, a_scale, az, b, bs, bz, ys, yz = (*node.inputs, *[""] * 8)[:8]
         inputs = [_told(reader, node, a, a_scale, az), _told(reader, node, b, bs, bz)]
         kind = TensorType("float32", reader.shape(node.output))
         y = reader.emit(node, op, inputs, kind, name=node.name)
@@ -82,7 +83,7 @@ def _binary(op: str) -> "Handler":
 
 def _unary(op: str, *kept: str) -> "Handler":
     def read(reader: Reader, node: Node) -> None:
-        x, xs, xz, ys, yz = (*node.inputs, "")[:5]
+        x, xs, xz, ys, yz = (*node.inputs, *[""] * 5)[:5]
         attrs = {key: node.attrs[key] for key in kept if key in node.attrs}
         value = _told(reader, node, x, xs, xz)
         kind = TensorType("float32", reader.shape(node.output))
@@ -104,7 +105,7 @@ def _unary(op: str, *kept: str) -> "Handler":
 
 def qlinear_softmax(reader: Reader, node: Node) -> None:
     """ONNX Runtime's ``QLinearSoftmax``; before opset 13 of all axes from ``axis`` on."""
-    x, xs, xz, ys, yz = (*node.inputs, "")[:5]
+    x, xs, xz, ys, yz = (*node.inputs, *[""] * 5)[:5]
     value = _told(reader, node, x, xs, xz)
     shape = reader.shape(node.output)
     axis = node.int_attr("axis", -1) % max(len(shape), 1)
@@ -124,7 +125,7 @@ def qlinear_softmax(reader: Reader, node: Node) -> None:
 
 def qlinear_reduce_mean(reader: Reader, node: Node) -> None:
     """ONNX Runtime's ``QLinearReduceMean``."""
-    x, xs, xz, ys, yz = (*node.inputs, "")[:5]
+    x, xs, xz, ys, yz = (*node.inputs, *[""] * 5)[:5]
     value = _told(reader, node, x, xs, xz)
     attrs: dict[str, Attribute] = {"keepdims": node.int_attr("keepdims", 1)}
     inputs = [value]
@@ -141,11 +142,11 @@ def qlinear_reduce_mean(reader: Reader, node: Node) -> None:
 def qlinear_concat(reader: Reader, node: Node) -> None:
     """ONNX Runtime's ``QLinearConcat``: the result's rule, then each operand with its own."""
     ys, yz, *rest = node.inputs
-    if not rest or len(rest) % 3:
+    if not rest or len(rest) % 3 or not all(rest):
         raise ModelError(f"{_label(node)} has {len(rest)} operands, not three for each tensor")
     inputs = [_told(reader, node, *three) for three in zip(*[iter(rest)] * 3, strict=True)]
     kind = TensorType("float32", reader.shape(node.output))
-    attrs = {"axis": node.int_attr("axis")}
+    attrs = {"axis": node.int_attr("axis", 0)}
     y = reader.emit(node, "Concat", inputs, kind, name=node.name, attrs=attrs)
     _coded(reader, node, y, node.output, ys, yz)
 
@@ -153,8 +154,13 @@ def qlinear_concat(reader: Reader, node: Node) -> None:
 def matmul_n_bits(reader: Reader, node: Node) -> None:
     """ONNX Runtime's ``MatMulNBits``: blocks along K of weights; float data."""
     a, packed, scales, zeros, groups, bias = (*node.inputs, "", "", "")[:6]
-    k, n = node.int_attr("K"), node.int_attr("N")
-    bits, block = node.int_attr("bits", 4), node.int_attr("block_size")
+    k, n, block = (node.int_attr(name, 0) for name in ("K", "N", "block_size"))
+    bits = node.int_attr("bits", 4)
+    if k < 1 or n < 1 or reader.shape(a)[-1:] != (k,):
+        raise ModelError(
+            f"{_label(node)} has K={k} and N={n} for data of {list(reader.shape(a))}; export it "
+            "again"
+        )
     if bits not in (2, 4, 8) or block < 1:
         raise ModelError(f"{_label(node)} has {bits} bits in blocks of {block}: 2, 4 or 8 are read")
     if groups and not _in_order(reader, node, groups, block):
@@ -204,13 +210,14 @@ def _n_bits_zeros(
     if not name:
         return np.full((n, blocks, 1), 2 ** (bits - 1), np.float64)
     given = _constant(reader, node, name, "zero points")
-    if str(given.dtype).startswith("float"):
+    if str(given.dtype).startswith("float") and given.size == n * blocks:
         return given.astype(np.float64).reshape(n, blocks, 1)
     each = 8 // bits
     row = -(-blocks // each)
-    if given.size != n * row:
+    if given.size != n * row or str(given.dtype).startswith("float"):
         raise ModelError(
-            f"{_label(node)} has {given.size} bytes of zero points, not {n * row}; export it again"
+            f"{_label(node)} has {given.size} zero points of type {given.dtype}, not {n * row} "
+            f"bytes or {n * blocks} floats; export it again"
         )
     zeros = unpack_elements(given.astype(np.uint8).reshape(n, row), bits)[:, :blocks]
     return zeros.astype(np.float64).reshape(n, blocks, 1)
@@ -226,6 +233,11 @@ def matmul_integer(reader: Reader, node: Node) -> None:
     a, b, az, bz = (*node.inputs, "", "")[:4]
     weights = _integer_weights(reader, node, b, bz, along_axis=-1)
     rows = reader.integers.get(az)
+    if rows is not None and rows.array.size not in (1, *reader.shape(a)[-2:-1]):
+        raise ModelError(
+            f"{_label(node)} has {rows.array.size} zero points for data of "
+            f"{list(reader.shape(a))}; export it again"
+        )
     if weights is None or weights.ndim != 2 or (rows is not None and rows.array.size > 1):
         _in_float(reader, node, "MatMul", (a, az, -2), (b, bz, -1))
         return
@@ -384,12 +396,7 @@ def _told(
                 f"{dtype}; export it again"
             )
         zero = _constant(reader, node, zero_name, "zero point")
-    for what, array in (("scale", scale), ("zero point", zero)):
-        if array.size != 1 and (not shape or array.size != shape[axis % len(shape)]):
-            raise ModelError(
-                f"{_label(node)} has {array.size} numbers as {what} of {list(shape)}; export again"
-            )
-    scale, zero = (_spread(array, axis, len(shape)) for array in (scale, zero))
+    scale, zero = _rule(node, scale, zero, shape, axis)
     out = reader.fresh(f"{x}.told")
     known = reader.integers.get(x)
     if known is not None:
@@ -407,6 +414,11 @@ def _coded(reader: Reader, node: Node, y: str, out: str, scale_name: str, zero_n
     scale = _constant(reader, node, scale_name, "scale")
     check_scale(node, scale)
     dtype = reader.dtype(out)
+    if dtype not in INTEGER_BITS or INTEGER_BITS[dtype] > 16:
+        raise ModelError(
+            f"{_label(node)} gives codes of type {dtype}, which are no integers of 2 to 16 bits; "
+            "export it again"
+        )
     zero = np.zeros((), np.int64)
     if zero_name:
         if reader.dtype(zero_name) != dtype:
@@ -416,12 +428,24 @@ def _coded(reader: Reader, node: Node, y: str, out: str, scale_name: str, zero_n
             )
         zero = _constant(reader, node, zero_name, "zero point")
     shape = reader.shape(out)
-    scale, zero = (
-        _spread(array, -2 if node.op == "QLinearMatMul" else 1, len(shape))
-        for array in (scale, zero)
-    )
+    scale, zero = _rule(node, scale, zero, shape, -2 if node.op == "QLinearMatMul" else 1)
     name = reader.fresh(f"{node.name}.quantize")
     reader.quantize(node, y, out, scale, zero, Grid.of(dtype), dtype, name=name)
+
+
+def _rule(
+    node: Node, scale: Array, zero: Array, shape: tuple[int, ...], axis: int
+) -> tuple[Array, Array]:
+    """Scale and zero point that broadcast to the shape: of the tensor, or along the axis."""
+    for what, array in (("scale", scale), ("zero point", zero)):
+        if array.size != 1 and (
+            not array.size or not shape or array.size != shape[axis % len(shape)]
+        ):
+            raise ModelError(
+                f"{_label(node)} has {array.size} numbers as {what} of {list(shape)}; export it "
+                "again"
+            )
+    return _spread(scale, axis, len(shape)), _spread(zero, axis, len(shape))
 
 
 def _bias(reader: Reader, node: Node, name: str, step: Array) -> str:
@@ -476,4 +500,24 @@ READERS: Mapping[str, Handler] = {
     "com.microsoft::QLinearReduceMean": qlinear_reduce_mean,
     "com.microsoft::QLinearConcat": qlinear_concat,
     "com.microsoft::MatMulNBits": matmul_n_bits,
+}
+
+_UNARY = (0, 1, 3)
+
+OPERANDS: Mapping[str, tuple[Sequence[int], int]] = {
+    "QLinearConv": (range(8), 9),
+    "QLinearMatMul": (range(8), 8),
+    "ConvInteger": (range(2), 4),
+    "MatMulInteger": (range(2), 4),
+    "com.microsoft::QGemm": ((0, 1, 3, 4), 9),
+    "com.microsoft::QLinearAdd": ((0, 1, 3, 4, 6), 8),
+    "com.microsoft::QLinearMul": ((0, 1, 3, 4, 6), 8),
+    "com.microsoft::QLinearAveragePool": (_UNARY, 5),
+    "com.microsoft::QLinearGlobalAveragePool": (_UNARY, 5),
+    "com.microsoft::QLinearSigmoid": (_UNARY, 5),
+    "com.microsoft::QLinearLeakyRelu": (_UNARY, 5),
+    "com.microsoft::QLinearSoftmax": (_UNARY, 5),
+    "com.microsoft::QLinearReduceMean": (_UNARY, 5),
+    "com.microsoft::QLinearConcat": ((0, 2, 3), 3 * 10**6),
+    "com.microsoft::MatMulNBits": (range(3), 6),
 }

@@ -1,6 +1,6 @@
 """read-quantizers: the quantizers of other tools' models, in the few that the graph has."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,13 @@ READERS: Mapping[str, Callable[[Reader, Node], None]] = {
     **read_qdq.READERS,
     **read_qoperator.READERS,
     **read_qonnx.READERS,
+}
+
+# Operands that a node must have, and how many it may have.
+OPERANDS: Mapping[str, tuple[Sequence[int], int]] = {
+    **read_qdq.OPERANDS,
+    **read_qoperator.OPERANDS,
+    **read_qonnx.OPERANDS,
 }
 
 _RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike"})
@@ -97,9 +104,26 @@ def _is_quantized(graph: Graph) -> bool:
 def _read(reader: Reader, node: Node) -> None:
     read = READERS.get(node.op)
     if read is not None:
+        _check_operands(node)
         read(reader, node)
     elif not any(attempt(reader, node) for attempt in _ATTEMPTS):
         _keep(reader, node)
+
+
+def _check_operands(node: Node) -> None:
+    """Refuse a node that lacks an operand which its operator cannot do without."""
+    needed, at_most = OPERANDS[node.op]
+    missing = [i for i in needed if i >= len(node.inputs) or not node.inputs[i]]
+    if missing:
+        raise ModelError(
+            f"{node.op} {node.name!r} lacks its operand {missing[0] + 1} of {max(needed) + 1}; "
+            "export it again"
+        )
+    if len(node.inputs) > at_most:
+        raise ModelError(
+            f"{node.op} {node.name!r} has {len(node.inputs)} operands, {at_most} at most are "
+            "read; export it again"
+        )
 
 
 def _moved(reader: Reader, node: Node) -> bool:

@@ -496,7 +496,7 @@ def test_missing_operands_are_named(tmp_path: Path) -> None:
         [node("Quant", ["x", "s"], ["y"], "quant", domain=DOMAIN)], [floats("s", 1)],
         [info("x", [2, 3])], [info("y", [2, 3])], 13, {DOMAIN: 1},
     )  # fmt: skip
-    with pytest.raises(ModelError, match="'quant' has 2 operands, not 4"):
+    with pytest.raises(ModelError, match="'quant' lacks its operand 3 of 4"):
         read(content, tmp_path)
 
 
