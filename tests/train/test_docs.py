@@ -1,12 +1,21 @@
 """What docs/train shows runs as it stands there, on the demo model."""
 
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
+
+from mpqc.search import precisions
+from mpqc.search.ebs import Ebs
+from mpqc.search.testing import toy_problem
+from mpqc.train.search.ebs import EbsRelaxation
+from tests.train.contract import toy_trainer
 
 DOCS = Path(__file__).parents[2] / "docs/train"
 
@@ -31,3 +40,20 @@ def test_the_code_of_the_page_about_modules(
     assert hook.strengths.grad.abs().sum() > 0
     assert all(q.log_step.grad is not None for q in hook.quantizers)
     assert module.raw("down.weight").grad is not None
+
+
+def test_the_code_of_the_page_about_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    (shown,) = re.findall(r"```python\n(.*?)```", (DOCS / "search.md").read_text(), re.DOTALL)
+    package = ModuleType("my_package.relaxation")
+    package.__dict__["MyRelaxation"] = lambda ground, method: EbsRelaxation(
+        ground, Ebs(price=method.price)
+    )
+    monkeypatch.setitem(sys.modules, "my_package", ModuleType("my_package"))
+    monkeypatch.setitem(sys.modules, "my_package.relaxation", package)
+    names: dict[str, Any] = {"__name__": "mine"}
+    exec(shown, names)
+    problem = replace(toy_problem(), trainer=toy_trainer())
+    plan = names["Mine"](price=1.0)(problem)
+    assert problem.problems(precisions(plan)) == []
+    assert plan.search is not None
+    assert plan.search.method == "mine"

@@ -116,7 +116,8 @@ def learn(
     trainer = open_trainer(problem, method.name())
     path, about = place(problem, trainer, method)
     known = Ledger(None if path is None else path.with_suffix(".jsonl"))
-    if not known:
+    wanted = [f"{name} {p}" for name, row in problem.choices.items() for p in row]
+    if any(key not in known for key in wanted):  # a process may die while it writes
         seeded(problem.seed)
         ground = Ground.of(problem, method.name())
         relaxation = make(ground)
