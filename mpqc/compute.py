@@ -205,6 +205,7 @@ def lut_conv(
     negative_top: bool,
     chunk: int,
     pair_dtype: str = "uint16",
+    vector: int = 0,
 ) -> te.Tensor:
     """Convolve by tables of partial sums: a weight plane's nibble picks the sum of its channels.
 
@@ -224,6 +225,7 @@ def lut_conv(
         negative_top: the last weight plane counts negative (two's complement).
         chunk: tables that a uint8 partial sum covers; divides the run.
         pair_dtype: of the sum over all K of one plane.
+        vector: bytes of which the even ones are the first half of their channels; 0: in order.
 
     Returns:
         int32 [N, OH, OW, O/B, B].
@@ -244,7 +246,7 @@ def lut_conv(
         part_of,
         name="part",
     )
-    return _weigh_planes(part, negative_top, pair_dtype)
+    return _weigh_planes(part, negative_top, pair_dtype, vector)
 
 
 def _looked_up(rows: te.Tensor, row: Expr, nibble: Expr) -> Expr:
@@ -256,24 +258,44 @@ def _looked_up(rows: te.Tensor, row: Expr, nibble: Expr) -> Expr:
     return total
 
 
-def _weigh_planes(part: te.Tensor, negative_top: bool, pair_dtype: str) -> te.Tensor:
+def _weigh_planes(part: te.Tensor, negative_top: bool, pair_dtype: str, vector: int) -> te.Tensor:
     """Sum uint8 [N, OH, OW, O/B, J, KH, taps, chunks, B] over the window, then the planes."""
     n, oh, ow, blocks, j_bits, kh, taps, chunks, lanes = (int(extent) for extent in part.shape)
     ky = te.reduce_axis((0, kh), "ky")
     kx = te.reduce_axis((0, taps), "kx")
     c = te.reduce_axis((0, chunks), "c")
-    pair = te.compute(
-        (n, oh, ow, blocks, j_bits, lanes),
-        lambda n, y, x, o, j, lane: te.sum(
-            part[n, y, x, o, j, ky, kx, c, lane].astype(pair_dtype), axis=[ky, kx, c]
-        ),
-        name="pair",
-    )
+    planes, half = (j_bits,) if j_bits > 1 else (), vector // 2
+    vectors = (lanes // vector,) if vector and lanes > vector else ()
+
+    def sum_of(n: Expr, y: Expr, x: Expr, o: Expr, *rest: Expr) -> Expr:
+        lane = rest[-1]
+        if vector:
+            lane = lane * 2 + rest[-2] + (rest[-3] * vector if vectors else 0)
+        byte = part[n, y, x, o, rest[0] if planes else 0, ky, kx, c, lane]
+        return te.sum(byte.astype(pair_dtype), axis=[ky, kx, c])
+
+    order = (*vectors, 2, half) if vector else (lanes,)
+    pair = te.compute((n, oh, ow, blocks, *planes, *order), sum_of, name="pair")
+
+    def read(*place: Expr) -> Expr:
+        *outer, lane = place
+        if not vector:
+            return pair[place]
+        first = (lane // vector,) if vectors else ()
+        return pair[(*outer, *first, lane % vector // half, lane % half)]
+
+    if not planes:  # nothing to weigh: a stage that the schedule inlines
+
+        def signed(*place: Expr) -> Expr:
+            value = read(*place).astype("int32")
+            return -value if negative_top else value
+
+        return te.compute((n, oh, ow, blocks, lanes), signed, name="acc")
     j = te.reduce_axis((0, j_bits), "j")
 
     def weigh(n: Expr, y: Expr, x: Expr, o: Expr, lane: Expr) -> Expr:
         factor = _plane_factor(j, j == j_bits - 1 if negative_top else None)
-        weighed = pair[n, y, x, o, j, lane].astype("uint32") * factor
+        weighed = read(n, y, x, o, j, lane).astype("uint32") * factor
         return te.sum(weighed.astype("int32"), axis=[j])
 
     return te.compute((n, oh, ow, blocks, lanes), weigh, name="acc")
@@ -290,6 +312,7 @@ def lut_pair_conv(
     negative_top: bool,
     chunk: int,
     pair_dtype: str = "uint16",
+    vector: int = 0,
 ) -> te.Tensor:
     """``lut_conv`` for codes of one bit: two neighbouring output pixels in a byte, half each.
 
@@ -302,6 +325,7 @@ def lut_pair_conv(
         negative_top: the last weight plane counts negative.
         chunk: a multiple of ``NIBBLE_STEPS``; divides the run.
         pair_dtype: of the sum over all K of one plane.
+        vector: bytes of which the even ones are the first half of their channels; 0: in order.
     """
     _, height, width, tables = image
     blocks, j_bits, kh, taps, run, lanes = (int(extent) for extent in weight.shape)
@@ -333,7 +357,7 @@ def lut_pair_conv(
         half_of,
         name="half",
     )
-    return _weigh_planes(half, negative_top, pair_dtype)
+    return _weigh_planes(half, negative_top, pair_dtype, vector)
 
 
 def expand_rows(codes: te.Tensor, channels: int) -> te.Tensor:

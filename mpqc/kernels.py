@@ -453,6 +453,20 @@ def lut_instruction(layer: Layer, tile: Tile, target: Target) -> str:
     return name + PAIRS if pairs_pixels(layer, target.arch) else name
 
 
+def lut_vector(layer: Layer, tile: Tile, instruction: str) -> int:
+    """Bytes of a vector whose even ones are the first half of its channels; 0: all in order.
+
+    Sums of bytes in 16 bits come as even and odd bytes, without shuffles.
+    """
+    return tile.lanes if instruction.startswith("vp") and _lut_bound(layer) < 2**16 else 0
+
+
+def _lut_bound(layer: Layer) -> int:
+    """Of the sum over all channels of a plane under a window."""
+    tables = layer.window.kh * layer.taps * layer.run_pixels * lut_image(layer)[3]
+    return int(tables * 4 * (2**layer.activation_bits - 1))
+
+
 def lut_kernel(
     layer: Layer,
     operands: Sequence[Operand],
@@ -462,7 +476,8 @@ def lut_kernel(
 ) -> Kernel:
     """Lookup kernel; ``instruction`` as ``lut_instruction`` names it.
 
-    Arguments: rows, weight [O/B, J, KH, taps, run, B], [correction], [sums], operands; outputs.
+    Arguments: rows, weight [O/B, J, KH, taps, run, B] in the order of ``lut_vector``, [correction],
+    [sums], operands; outputs.
     """
     window, image = layer.window, lut_image(layer)
     run = layer.run_pixels * image[3]
@@ -472,14 +487,14 @@ def lut_kernel(
     weight = te.placeholder(
         (blocks, layer.weight_bits, window.kh, layer.taps, run, tile.block), "uint8", "weight"
     )
-    bound = window.kh * layer.taps * run * 4 * top
     halves, shuffle = instruction.endswith(PAIRS), instruction.removesuffix(PAIRS)
     steps = compute.NIBBLE_STEPS if halves else 1
     acc = (compute.lut_pair_conv if halves else compute.lut_conv)(
         rows, weight, window, image,
         negative_top=not layer.odd,
         chunk=steps * largest_divisor(run // steps, 255 // (4 * top * steps)),
-        pair_dtype="uint16" if bound < 2**16 else "uint32",
+        pair_dtype="uint16" if _lut_bound(layer) < 2**16 else "uint32",
+        vector=lut_vector(layer, tile, instruction),
     )  # fmt: skip
     sums = []
     if layer.odd:
@@ -492,7 +507,7 @@ def lut_kernel(
         results,
         lambda sch: conv_cpu.lut_conv(
             sch, tile, layer.out_channels, names, instruction=shuffle, halves=halves,
-            threads=_threads(layer),
+            evens=lut_vector(layer, tile, instruction) > 0, threads=_threads(layer),
         ),
         instruction,
     )  # fmt: skip

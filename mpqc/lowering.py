@@ -253,7 +253,9 @@ class Lowering:
             pack = popcount_weights if choice.variant in POPCOUNTS else bitplane_weights
             packed = pack(codes, bits, layer.groups, layer.taps, tile.block)
         elif choice.kind == "bitplane-lut":
-            packed = lut_weights(weight_codes(weight, bits, levels), bits, layer.taps, tile.block)
+            codes = weight_codes(weight, bits, levels)
+            vector = kernels.lut_vector(layer, tile, choice.variant)
+            packed = lut_weights(codes, bits, layer.taps, tile.block, vector)
         elif choice.variant == "multiply-add":
             packed = grouped_weights(weight, tile.block)
         elif choice.winograd:
@@ -427,6 +429,7 @@ def _offset(choice: Choice) -> int:
 
 
 def layer_record(node: Node, choice: Choice, weight: Array) -> LayerRecord:
+    """What the manifest says of a layer."""
     layer = choice.layer
     bits, zero = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
     reach = max(zero, 2**bits - 1 - zero)

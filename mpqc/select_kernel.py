@@ -216,10 +216,11 @@ def _winograd_multiplies(layer: Layer, weight: Array, target: Target) -> list[Mu
     ]
 
 
-_STREAM = 7.0  # bytes of weights a cycle that one core reads
+_STREAM = 5.0  # bytes of weights a cycle that one core reads from beyond L2
 WORTH_WINOGRAD = 1.15  # times the speed that pay for weights of up to 3.6 times the size
 # Cycles of 256-bit vectors, a 2x2 tile: output transform by channel, input transform by channel.
 _WINOGRAD_OUTPUT, _WINOGRAD_IMAGE = 1.7, 2.0
+_ODD_COLUMNS = 1.2  # times the products' cycles where 2x2 tiles of a row do not pair
 
 
 def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target) -> float:
@@ -227,11 +228,13 @@ def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target) -> float
     filled = w.oh * w.ow / (4 * -(-w.oh // 2) * -(-w.ow // 2))
     wide = 256 / target.vector_bits
     inner = 16 * inside * out / _multiply_rate(name, chunk)
+    if -(-w.ow // 2) % 2:  # tiles of one vector: a load for each product
+        inner *= _ODD_COLUMNS
     around = wide * (_WINOGRAD_OUTPUT * out + _WINOGRAD_IMAGE * inside)
     lanes = min(1.0, out / (target.vector_bits / 32))
     rate = 36 * inside * out * filled * lanes / (inner + around)
     stored = 16 * inside * out * (2 if DOTS[name].weight == "int16" else 1)
-    return _streamed(rate, layer, stored / 2)  # prefetched, or two positions apart
+    return _streamed(rate, layer, stored)
 
 
 def _streamed(rate: float, layer: Layer, stored: float) -> float:
@@ -388,7 +391,7 @@ def _lut_rate(layer: Layer, target: Target) -> float:
         layer.run_pixels * -(-layer.image[3] // 4), 255 // (4 * (2**layer.activation_bits - 1))
     )
     arm = target.arch != "x86_64"
-    flush = steps / (steps + 2) if arm else steps / (steps + 3.5) * min(1.0, steps / 8)
+    flush = steps / (steps + 2) if arm else steps / (steps + 2.5) * min(1.0, steps / 8)
     shuffle = _core(target).shuffle if arm else _SHUFFLE[min(target.vector_bits, 256)]
     if pairs_pixels(layer, target.arch):
         shuffle *= _PAIRED

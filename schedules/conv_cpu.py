@@ -16,8 +16,9 @@ from tvm.s_tir import Schedule
 from mpqc.schedules.arm_intrinsics import register_popcount
 from mpqc.schedules.dot_intrinsics import register_dot, register_flush, register_halves
 from mpqc.schedules.llvm_intrinsics import products_first
-from mpqc.schedules.lut_intrinsics import register_lookup
+from mpqc.schedules.lut_intrinsics import register_bytes, register_lookup
 
+ACC_AXES = 5  # n, y, x, block, lane of the accumulators
 EPILOGUE_LANES = 16  # float32 lanes of an epilogue vector: one zmm, two ymm, four NEON registers
 
 
@@ -135,23 +136,44 @@ def lut_conv(
     *,
     instruction: str,
     halves: bool = False,
+    evens: bool = False,
     threads: bool = True,
 ) -> None:
     """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``.
 
-    ``halves``: the kernel is ``compute.lut_pair_conv``.
+    ``halves``: the kernel is ``compute.lut_pair_conv``. ``evens``: even bytes of a vector are the
+    first half of its channels.
     """
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
-    at, (pixel, vector, lane, j) = _outer(sch, acc, tile, threads)
-    sch.reorder(j, pixel, vector, lane)
-    compute_epilogue(sch, epilogue, at, channels)
+    one_plane = len(sch.get_loops(acc)) == ACC_AXES
+    tiles = []
+    if one_plane:  # nothing to weigh: the epilogue reads the 16-bit sums
+        sch.compute_inline(acc)
+        n, y, x, o, *lanes, ky, kx, c = sch.get_loops(pair)
+        at, pair_pixel = sch.split(x, [None, tile.pixels])
+        sch.reorder(o, n, y, at, ky, kx, c, pair_pixel, *lanes)
+        outer = sch.fuse(o, n, y)
+        if threads:
+            sch.parallel(outer)
+        compute_epilogue(sch, epilogue, at, channels)
+    else:
+        at, (pixel, vector, lane, j) = _outer(sch, acc, tile, threads)
+        sch.reorder(j, pixel, vector, lane)
+        compute_epilogue(sch, epilogue, at, channels)
+        sch.compute_at(pair, j, preserve_unit_loops=True)
+        axes = 1 if not evens else 2 if tile.vectors == 1 else 3
+        pair_pixel, _, _, *lanes, ky, kx, c = sch.get_loops(pair)[-6 - axes :]
+        sch.reorder(ky, kx, c, pair_pixel, *lanes)
+        tiles.append((pixel, vector, lane))
+    sch.unroll(pair_pixel)
+    if evens:
+        *vectors, even, _ = lanes
+    else:
+        *vectors, pair_lane = sch.split(lanes[0], [tile.vectors, tile.lanes])
+        sch.vectorize(pair_lane)
+    for loop in vectors:
+        sch.unroll(loop)
 
-    sch.compute_at(pair, j, preserve_unit_loops=True)
-    pair_pixel, _, _, pair_lanes, ky, kx, c = sch.get_loops(pair)[-7:]
-    pair_vector, pair_lane = sch.split(pair_lanes, [tile.vectors, tile.lanes])
-    sch.reorder(ky, kx, c, pair_pixel, pair_vector, pair_lane)
-
-    tiles = [(pixel, vector, lane), (pair_pixel, pair_vector, pair_lane)]
     if halves:
         half = sch.get_sblock("half")
         sch.compute_at(half, c, preserve_unit_loops=True)
@@ -173,8 +195,15 @@ def lut_conv(
     if halves:
         sch.unroll(t)
         sch.decompose_reduction(half, g)
-    sch.decompose_reduction(pair, ky)
-    sch.decompose_reduction(acc, j)
+    init = sch.decompose_reduction(pair, ky)
+    if evens:
+        *unrolled, last = sch.get_loops(init)[-1 - len(lanes) :]
+        for loop in unrolled:
+            sch.unroll(loop)
+        sch.vectorize(last)
+        sch.tensorize(even, register_bytes(tile.lanes))
+    if not one_plane:
+        sch.decompose_reduction(acc, j)
     covered, abreast = pair_vectors(
         sch, instruction, part_vector, part_lane, tile.vectors, at, f"uint8x{tile.lanes}"
     )

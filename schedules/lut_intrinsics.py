@@ -98,3 +98,43 @@ def _instruction(lookup: Lookup, vectors: int) -> Any:
             update(A, B, C)
 
     return instruction
+
+
+@cache
+def register_bytes(lanes: int) -> str:
+    """Register what adds bytes to 16-bit sums: ``C[h, k] += P[2 k + h]``; return its name."""
+    narrow, wide = f"uint8x{lanes}", f"uint16x{lanes // 2}"
+    half = lanes // 2
+
+    @T.prim_func(s_tir=True)
+    def meaning(
+        P: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((2, half), "uint16", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:2, 0:half], P[0:lanes])
+            T.writes(C[0:2, 0:half])
+            for h, k in T.grid(2, half):
+                with T.sblock("update"):
+                    vh, vk = T.axis.remap("SS", [h, k])
+                    C[vh, vk] = C[vh, vk] + T.cast(P[vk * 2 + vh], "uint16")
+
+    def words(p: Any) -> Any:
+        return T.reinterpret(p, dtype=wide)
+
+    def times(value: int) -> Any:
+        return T.broadcast(T.uint16(value), half)
+
+    @T.prim_func(s_tir=True)
+    def instruction(
+        P: T.Buffer((lanes,), "uint8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((2, half), "uint16", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:2, 0:half], P[0:lanes])
+            T.writes(C[0:2, 0:half])
+            C.vstore([0, 0], C.vload([0, 0], wide) + (words(P.vload([0], narrow)) & times(255)))
+            C.vstore([1, 0], C.vload([1, 0], wide) + (words(P.vload([0], narrow)) >> times(8)))
+
+    TensorIntrin.register(f"mpqc.bytes.{lanes}", meaning, instruction)
+    return f"mpqc.bytes.{lanes}"

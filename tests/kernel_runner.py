@@ -106,6 +106,7 @@ class Built:
     tables: Any  # library that makes what the kernel reads from codes, or None
     block: int
     taps: int
+    vector: int = 0  # of the lookup kernel's weights
 
 
 def build(case: Case, kind: str, target: Target) -> Built:
@@ -132,6 +133,7 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         )
 
     sums = tables = of_codes = None
+    vector = 0
     if kind == "bitplane":
         layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.bitplane_tile(layer, target)
@@ -146,6 +148,7 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         outputs.append(coded(packs and tile.block % 8 == 0))
         how = kernels.lut_instruction(layer, tile, target)
         kernel = kernels.lut_kernel(layer, operands, outputs, tile, how)
+        vector = kernels.lut_vector(layer, tile, how)
         n, h, w, channels = layer.image
         beside = layer.window.sx if how.endswith(kernels.PAIRS) else 0
         made = kernels.expand_kernel(n * h * w, channels, target.arch, beside)
@@ -171,7 +174,9 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         outputs.append(coded(packs and tile.block % 8 == 0))
         kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind, case.chunk(layer.taps))
     library = compiled(kernel, target)
-    return Built(kernel, library, sums, of_codes is not None, tables, tile.block, layer.taps)
+    return Built(
+        kernel, library, sums, of_codes is not None, tables, tile.block, layer.taps, vector
+    )
 
 
 def compiled(kernel: Kernel, target: Target) -> Any:
@@ -224,7 +229,9 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         packed = pack(stored, case.weight_bits, case.groups, built.taps, built.block)
     elif kind == "bitplane-lut":
         stored = numerics.weight_codes(weight, case.weight_bits, case.levels)
-        packed = packing.lut_weights(stored, case.weight_bits, built.taps, built.block)
+        packed = packing.lut_weights(
+            stored, case.weight_bits, built.taps, built.block, built.vector
+        )
         data = np.zeros(built.kernel.inputs[0].shape, np.uint8)
     elif kind.startswith(kernels.WINOGRAD):
         dot = DOTS[kind.removeprefix(kernels.WINOGRAD)]

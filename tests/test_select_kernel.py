@@ -80,7 +80,7 @@ def test_a_fallback_says_why() -> None:
         ),  # its weights are small
         (layer(), VNNI, "winograd-vpdpbusd512"),
         (layer(), V3, "winograd-vpmaddubsw256"),
-        (layer(activation=8), V3, "winograd-vpmaddwd256"),
+        (layer(activation=8, size=28), V3, "winograd-vpmaddwd256"),
         (layer(channels=6), V3, "vpmaddubsw256"),  # instructions take four channels
         (layer(group=8), VNNI, "multiply-add"),
         (layer(), TARGETS["rpi4"], "smlal32-small"),
