@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from mpqc.artifact import (
 from mpqc.calibration import Calibration, calibrate
 from mpqc.data import Data
 from mpqc.errors import ModelError, UsageError
-from mpqc.graph import QUANTIZED_OPS, Graph, Precision
+from mpqc.graph import QUANTIZED_OPS, Graph, Node, Precision
 from mpqc.histogram import Method
 from mpqc.model_source import Form
 from mpqc.onnx_export import to_onnx
@@ -42,6 +42,7 @@ from mpqc.passes.fold_batch_norm import FoldBatchNorm
 from mpqc.passes.fold_bias import FoldBias
 from mpqc.passes.fold_pad import FoldPad
 from mpqc.passes.fuse_requantize import FuseRequantize
+from mpqc.passes.group_channels import GroupChannels, part_of
 from mpqc.passes.integer_layers import IntegerLayers, integer_layers
 from mpqc.passes.quantize_layers import QuantizeLayers, tensors_to_calibrate
 from mpqc.passes.read_arithmetic import ReadArithmetic
@@ -218,8 +219,37 @@ def lower(
     """Integer graph to scheduled kernels and the steps that call them."""
     from mpqc import lowering
 
+    selector = _selector(plan, options)
     last = channels_last(quantized, callback)
-    return lowering.lower(last, options.target, _selector(plan, options))
+    last = run(last, GroupChannels(_cycles(selector)), DropDead(), callback=callback)
+    parts = {node.name: part_of(node) for node in last}
+    of_parts = {part: selector.by_layer.get(whole, "auto") for part, whole in parts.items()}
+    program = lowering.lower(last, options.target, replace(selector, by_layer=of_parts))
+    program.layers = _whole(program.layers, parts)
+    known = quantized.types  # the reference has no values of parts
+    program.taps = {value: tap for value, tap in program.taps.items() if value in known}
+    program.steps = [replace(s, label=parts.get(s.label, s.label)) for s in program.steps]
+    return program
+
+
+def _cycles(selector: "Selector") -> Callable[[Graph, Node], float]:
+    """What the kernel of a layer is expected to take."""
+
+    def cycles(graph: Graph, node: Node) -> float:
+        choice = selector.choose(graph, node)
+        weight = graph.constants[node.inputs[1]]
+        macs = graph.type(node.output).elements * (weight.size // graph.shape(node.output)[-1])
+        return macs / max(choice.rates[choice.kind], 1e-9)
+
+    return cycles
+
+
+def _whole(records: Sequence[LayerRecord], parts: Mapping[str, str]) -> list[LayerRecord]:
+    """Records of layers from those of their parts."""
+    found: dict[str, list[LayerRecord]] = {}
+    for record in records:
+        found.setdefault(parts[record.name], []).append(record)
+    return [LayerRecord.joined(name, rows) for name, rows in found.items()]
 
 
 def channels_last(quantized: Graph, callback: Callback | None = None) -> Graph:
@@ -397,7 +427,7 @@ def compile_model(
         (folder / REFERENCE).write_bytes(to_onnx(quantized))
         clock("lower")
         program = lower(quantized, plan, options, callback)
-        layers = _all_layers(graph, program, prepared.kept)
+        layers = _all_layers(graph, program, prepared)
         _check_strict(layers, options)
         clock("build")
         from mpqc.build import build
@@ -436,9 +466,15 @@ def _refuse_unknown(graph: Graph) -> None:
         raise ModelError(f"{len(refused)} nodes cannot be compiled:{lines}")
 
 
-def _all_layers(graph: Graph, program: Program, kept: Mapping[str, str]) -> list[LayerRecord]:
+def _all_layers(graph: Graph, program: Program, prepared: Prepared) -> list[LayerRecord]:
     """Layers in the model's order: what the kernels run, and what stayed float and why."""
+    kept, planned = prepared.kept, prepared.plan.layers
     run_ = {record.name: record for record in program.layers}
+    run_ |= {
+        name: replace(run_[name], asked=layer.text, channels=layer.counts)
+        for name, layer in planned.items()
+        if name in run_
+    }
     records = []
     macs = {layer.name: layer.macs for layer in find_layers(graph)}
     reasons = {layer.name: layer.reason for layer in find_float_layers(graph)}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mpqc.errors import OutputError, PlanError
 from mpqc.graph import Graph, Precision
@@ -19,6 +19,7 @@ from mpqc.passes.find_layers import (
 )
 
 Bits = Annotated[int, Field(ge=1, le=8)]
+ChannelBits = Annotated[int, Field(ge=0, le=8)]
 Kernel = Literal["auto", "bitplane", "bitplane-lut", "int8"]
 
 
@@ -32,18 +33,26 @@ class LayerPlan(_Section):
     """Widths of one layer.
 
     Attributes:
-        weight_bits: 1 to 8, or one width an output channel.
+        weight_bits: 1 to 8, or one width an output channel; channels of width 0 are pruned: their
+            weights are zero.
         activation_bits: 1 to 8, of the layer's input.
         kernel: ``auto`` takes the fastest as measured.
     """
 
-    weight_bits: Bits | tuple[Bits, ...]
+    weight_bits: Bits | tuple[ChannelBits, ...]
     activation_bits: Bits
     kernel: Kernel = "auto"
 
+    @field_validator("weight_bits")
+    @classmethod
+    def _some_channel(cls, bits: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if not isinstance(bits, int) and not any(bits):
+            raise ValueError("a layer cannot lose all its channels: give one a width above 0")
+        return bits
+
     @property
     def widest(self) -> int:
-        """The widest weight of the layer in bits: what its kernel computes with."""
+        """The widest weight of the layer in bits."""
         return self.weight_bits if isinstance(self.weight_bits, int) else max(self.weight_bits)
 
     def channel_bits(self, channels: int) -> tuple[int, ...]:
@@ -51,6 +60,20 @@ class LayerPlan(_Section):
         if isinstance(self.weight_bits, int):
             return (self.weight_bits,) * channels
         return self.weight_bits
+
+    @property
+    def text(self) -> str:
+        """Widths as people write them: ``w2a4``, and ``w0-4a3`` where channels differ."""
+        low = self.widest if isinstance(self.weight_bits, int) else min(self.weight_bits)
+        weights = str(low) if low == self.widest else f"{low}-{self.widest}"
+        return f"w{weights}a{self.activation_bits}"
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Width -> output channels of that width, where they differ."""
+        if isinstance(self.weight_bits, int):
+            return {}
+        return {bits: self.weight_bits.count(bits) for bits in sorted(set(self.weight_bits))}
 
 
 class TensorPlan(_Section):

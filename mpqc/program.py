@@ -1,7 +1,7 @@
 """The lowered program: a straight list of kernel calls over named buffers; no TVM in here."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpqc.graph import Array, TensorType
@@ -52,8 +52,9 @@ class LayerRecord:
 
     Attributes:
         name: node of the model.
-        asked: precision in the plan, as text; None where the plan left the layer in float.
-        run: precision that the kernel executes.
+        asked: precision in the plan, as text ("w0-4a3": channels of several widths); None where
+            the plan left the layer in float.
+        run: precision that the kernel executes; "w2+4a3": one kernel for the channels of each.
         kernel: "bitplane", "int8" or "float".
         variant: instruction or form inside the kind.
         accumulator: dtype.
@@ -61,6 +62,7 @@ class LayerRecord:
         reason: why not what was asked; empty when it is.
         chosen: what the choice of the kernel rests on: "asked", "measured" or "model"; empty in
             float.
+        channels: width in the plan -> output channels, where they have several.
     """
 
     name: str
@@ -73,6 +75,26 @@ class LayerRecord:
     macs: int = 0
     reason: str = ""
     chosen: str = ""
+    channels: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, name: str, parts: Sequence["LayerRecord"]) -> "LayerRecord":
+        """A layer whose channels run in parts."""
+        if len(parts) == 1:
+            return replace(parts[0], name=name)
+
+        def each(texts: Iterable[str]) -> str:
+            return "+".join(dict.fromkeys(filter(None, texts)))
+
+        _, _, inputs = str(parts[0].run).partition("a")
+        runs = [str(part.run).partition("a")[0].removeprefix("w") for part in parts]
+        return LayerRecord(
+            name, parts[0].asked, f"w{'+'.join(runs)}a{inputs}",
+            each(part.kernel for part in parts), each(part.variant for part in parts),
+            parts[0].accumulator, max(part.bound for part in parts),
+            sum(part.macs for part in parts), each(part.reason for part in parts),
+            each(part.chosen for part in parts),
+        )  # fmt: skip
 
 
 @dataclass

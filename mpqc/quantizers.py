@@ -1,5 +1,6 @@
 """From float arrays to codes and scales. Pure numpy; float32 semantics as in ``mpqc.graph``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,12 +95,12 @@ class QuantizedWeights:
 def quantize_weights(weights: Array, bits: int | tuple[int, ...], axis: int) -> QuantizedWeights:
     """Per-channel symmetric codes with the scale of least squared error.
 
-    One bit means +-1 times the mean magnitude. Channels of different widths come out in the
-    levels of the widest.
+    One bit means +-1 times the mean magnitude, no bit zero. Channels of different widths come out
+    in the levels of the widest.
 
     Args:
         weights: float32, finite.
-        bits: 1 to 8, or one width a channel.
+        bits: 1 to 8, or one width a channel, from 0.
         axis: of the output channels.
     """
     rows = np.moveaxis(weights, axis, 0)
@@ -110,13 +111,37 @@ def quantize_weights(weights: Array, bits: int | tuple[int, ...], axis: int) -> 
     for width in np.unique(widths):
         chosen = widths == width
         values[chosen], scale[chosen] = _one_width(flat[chosen], int(width))
-    widest = int(widths.max())
     return QuantizedWeights(
         np.ascontiguousarray(np.moveaxis(values.reshape(rows.shape), 0, axis)),
         scale,
-        widest,
-        "odd" if widest == 1 else "signed",
+        *stored_levels(widths),
     )
+
+
+def stored_levels(bits: int | Sequence[int] | Array) -> tuple[int, WeightLevels]:
+    """Width and levels that hold channels of these widths; zeros beside +-1 need two bits."""
+    widths = np.asarray(bits)
+    widest = int(widths.max())
+    if widest <= 1 and widths.min() == widest == 1:
+        return 1, "odd"
+    return max(widest, 2), "signed"
+
+
+def channel_widths(values: Array) -> Array:
+    """The least width that holds each channel: 0 for zeros, 1 for +-1, else two's complement.
+
+    Args:
+        values: integers [O, ...].
+
+    Returns:
+        int64 [O].
+    """
+    rows = values.reshape(len(values), -1).astype(np.int64)
+    reach = np.maximum(rows.max(1, initial=0), -rows.min(1, initial=0) - 1)
+    widths: Array = np.maximum(2, np.ceil(np.log2(reach + 1)).astype(np.int64) + 1)
+    widths[(np.abs(rows) == 1).all(1)] = 1
+    widths[~rows.any(1)] = 0
+    return widths
 
 
 def conv_shift(error: Array, means: Array, groups: int) -> Array:
@@ -137,6 +162,8 @@ def conv_shift(error: Array, means: Array, groups: int) -> Array:
 
 def _one_width(rows: Array, bits: int) -> tuple[Array, Array]:
     """int16 [O, K] and float32 [O] for float32 [O, K]."""
+    if bits == 0:
+        return np.zeros(rows.shape, np.int16), np.ones(len(rows), np.float32)
     if bits == 1:
         scale = _guarded(np.abs(rows).mean(axis=1, dtype=np.float64), zero=MIN_SCALE)
         return np.where(rows < 0, -1, 1).astype(np.int16), scale

@@ -164,9 +164,11 @@ class _Levels:
     @classmethod
     def of(cls, bits: Array) -> "_Levels":
         """Of widths [G, O]."""
-        half = 2.0 ** (bits[..., None] - 1)
-        binary = bits[..., None] == 1
-        return cls(np.where(binary, -1, -half), np.where(binary, 1, half - 1), binary)
+        wide = bits[..., None]
+        half = np.where(wide > 0, 2.0 ** (wide - 1), 0)
+        binary = wide == 1
+        high = np.where(binary, 1, np.maximum(half - 1, 0))
+        return cls(np.where(binary, -1, -half), high, binary)
 
     def nearest(self, steps: Array) -> Array:
         """Of [G, O, n] weights in units of their scales."""
@@ -186,7 +188,7 @@ def compensate(
 
     Args:
         weights: float32 [G, O, K].
-        bits: 1 to 8, or one width for each of the G * O channels.
+        bits: 1 to 8, or one width for each of the G * O channels; 0 makes a channel zero.
         objective: of the layer.
         order: round columns of large inputs first.
 

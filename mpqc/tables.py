@@ -1,6 +1,6 @@
 """Results as tables for people, one function a verb."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def compile_table(artifact: "Artifact") -> RenderableType:
     manifest, report = artifact.manifest, artifact.report
     rows = [
         (
-            layer["name"], layer["run"] or "float",
+            layer["name"], _ran(layer),
             " ".join(filter(None, (layer["kernel"], layer["variant"]))),
             f"{layer['accumulator']} < {quantity(layer['bound'] + 1)}" if layer["bound"] else "",
             quantity(layer["macs"]) if layer["macs"] else "",
@@ -100,6 +100,15 @@ def compile_table(artifact: "Artifact") -> RenderableType:
         *_lines(*(f"fallback {why}: {', '.join(names)}" for why, names in fallbacks.items())),
         *_lines(*(f"in float {why}: {', '.join(names)}" for why, names in kept.items())),
     )
+
+
+def _ran(layer: Mapping[str, Any]) -> str:
+    """Widths; what the plan says of channels stands before what runs."""
+    run: str = layer["run"] or "float"
+    if not layer.get("channels"):
+        return run
+    counts = " ".join(f"{count}x{bits}" for bits, count in layer["channels"].items())
+    return f"{run} (bits {counts})"
 
 
 def verify_table(result: "Verification") -> RenderableType:

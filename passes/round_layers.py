@@ -9,7 +9,7 @@ as far as the layer can.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,7 +22,12 @@ from mpqc.passes.find_layers import Layer, bias_vector, find_layers, weight_matr
 from mpqc.passes.measure_perturbation import available_threads
 from mpqc.patches import Geometry
 from mpqc.plan import Plan
-from mpqc.quantizers import ActivationQuantizer, QuantizedWeights, quantize_weights
+from mpqc.quantizers import (
+    ActivationQuantizer,
+    QuantizedWeights,
+    quantize_weights,
+    stored_levels,
+)
 from mpqc.replay import Replay
 from mpqc.rounding import Accuracy, Objective, RoundedLayer, compensate
 
@@ -226,9 +231,7 @@ class Rounder:
         if objective is None:
             return quantize_weights(seen.exact, bits, seen.axis)
         codes, scale = compensate(seen.weights, bits, objective, self.accuracy.order)
-        widest = bits if isinstance(bits, int) else max(bits)
-        levels: Literal["odd", "signed"] = "odd" if widest == 1 else "signed"
-        return QuantizedWeights(seen.shaped(codes), scale.reshape(-1), widest, levels)
+        return QuantizedWeights(seen.shaped(codes), scale.reshape(-1), *stored_levels(bits))
 
 
 def told_weights(layer: Layer, made: RoundedLayer) -> Array:

@@ -5,12 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpqc import compute, packing
+from mpqc import compute, packing, pipeline
 from mpqc.artifact import Artifact
 from mpqc.data import Data, open_data
 from mpqc.demo import files
 from mpqc.graph import Array, Precision
+from mpqc.importer import sha256
+from mpqc.passes.find_layers import find_layers
 from mpqc.pipeline import Options, compile_model, import_model
+from mpqc.plan import LayerPlan, Plan
+from mpqc.rounding import Accuracy
 from mpqc.target import TARGETS, find_target
 from mpqc.verify import Verification, verify
 
@@ -158,3 +162,43 @@ def test_larger_models_pass(
     data = opened(model, None)
     result = verify(compiled(model, bits, tmp_path, data, target), data, layers=True, max_samples=2)
     assert result.passed, result.message
+
+
+@pytest.mark.parametrize("kernel", ["auto", "bitplane"])
+def test_channels_of_several_widths_run_as_planned(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel-wise plan with pruned channels: compiled in groups, exact, and told as planned."""
+    if kernel == "bitplane":  # layers of the demo are too small for a split to pay
+        monkeypatch.setattr(pipeline, "_cycles", lambda _: None)
+    graph = import_model(DEMO.model)
+    uniform = Plan.uniform(graph, Precision(4, 2), model_sha256=sha256(DEMO.model))
+    layers = {
+        layer.name: LayerPlan(
+            weight_bits=tuple([0, 8, 1, 1, 2, 2, 1, 1] * (layer.channels_out // 8)),
+            activation_bits=2,
+        )
+        if uniform.layers[layer.name].widest == 4
+        else uniform.layers[layer.name]
+        for layer in find_layers(graph)
+    }
+    plan = uniform.model_copy(update={"layers": layers})
+    options = Options(
+        find_target("native"), kernel, max_samples=32, accuracy=Accuracy("nearest", samples=16)
+    )
+    data = opened(DEMO.model, DEMO.calibration)
+    artifact = compile_model(DEMO.model, tmp_path / "out", options, plan=plan, data=data)
+    assert_exact(verify(artifact, layers=True, max_samples=4))
+    told = {layer["name"]: layer for layer in artifact.manifest["layers"]}
+    assert list(told) == [layer.name for layer in find_layers(graph)]
+    assert told["block.conv1"]["asked"] == "w0-8a2"
+    assert told["block.conv1"]["channels"] == {"0": 4, "1": 16, "2": 8, "8": 4}
+    assert told["stem"]["channels"] == {}
+    if kernel == "bitplane":
+        assert told["block.conv1"]["run"] == "w1+2+8a2"
+        assert told["depthwise"]["run"] == "w8a2"
+    cost = artifact.report["cost"]
+    macs = {layer.name: layer.macs for layer in find_layers(graph)}
+    body = sum(count for name, count in macs.items() if layers[name].counts)
+    ends = 64 * (macs["stem"] + macs["classifier"])
+    assert cost["bitops"] == body * 2 * (8 + 4 + 4) // 8 + ends

@@ -149,3 +149,22 @@ def test_the_schema_forbids_unknown_keys() -> None:
     schema = Plan.json_schema()
     assert schema["additionalProperties"] is False
     assert {"mpqc_plan", "model_sha256", "layers", "tensors", "search"} == set(schema["properties"])
+
+
+def test_channels_of_their_own_widths() -> None:
+    """One width a channel, 0 for a pruned one; people read the range and the counts."""
+    mixed = LayerPlan(weight_bits=(0, 2, 4, 2), activation_bits=3)
+    assert mixed.text == "w0-4a3"
+    assert mixed.counts == {0: 1, 2: 2, 4: 1}
+    assert mixed.widest == 4
+    plain = LayerPlan(weight_bits=2, activation_bits=4)
+    assert (plain.text, plain.counts) == ("w2a4", {})
+
+    def parsed(bits: list[int]) -> Plan:
+        return Plan.parse(minimal(layers={"a": {"weight_bits": bits, "activation_bits": 2}}))
+
+    assert Plan.parse(parsed([0, 1]).text()) == parsed([0, 1])
+    with pytest.raises(PlanError, match="cannot lose all its channels"):
+        parsed([0, 0])
+    with pytest.raises(PlanError, match="weight_bits"):
+        parsed([9])
