@@ -18,6 +18,7 @@ from mpqc.search.constraints import Constraints
 from mpqc.search.make_problem import EIGHT, candidates, make_problem
 from mpqc.search.problem import CostFunction, Problem, Progress, Trainer, quiet
 from mpqc.search.scores import Scores
+from mpqc.search.solve import check_budgets
 
 __all__ = [
     "GROUP",
@@ -156,6 +157,7 @@ def search_plan(
         progress=progress,
         **handles,
     )
+    check_budgets(problem)  # said before anything is measured
     scores = plugin.scores(problem) if isinstance(plugin, ScoreSearch) else None
     if isinstance(plugin, ScoreSearch) and scores is not None:
         plan = plugin.plan(problem, scores)

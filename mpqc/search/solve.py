@@ -45,6 +45,15 @@ def solve(problem: Problem, losses: Losses) -> dict[str, Precision]:
     return model.widths(best)
 
 
+def check_budgets(problem: Problem) -> None:
+    """Refuse budgets that no assignment keeps.
+
+    Raises:
+        BudgetError: names the cheapest assignment.
+    """
+    solve(problem, {name: dict.fromkeys(row, 0.0) for name, row in problem.choices.items()})
+
+
 def cheapest(
     problem: Problem, objective: str, losses: Losses | None = None
 ) -> dict[str, Precision]:
