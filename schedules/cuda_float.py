@@ -7,7 +7,8 @@ a float sum. What TVM refuses to bind runs on one thread: slow, but it runs on t
 from typing import Any
 
 import tvm
-from tvm import s_tir
+import tvm_ffi
+from tvm import s_tir, tirx
 
 THREADS = 128
 
@@ -15,11 +16,6 @@ THREADS = 128
 def apply(func: Any) -> Any:
     """Bind one PrimFunc of static shapes to blocks and threads."""
     return (_bound(func) or _single(func)).without_attr("global_symbol")
-
-
-def is_parallel(func: Any) -> bool:
-    """Whether ``apply`` spreads the function over threads."""
-    return _bound(func) is not None
 
 
 def _bound(func: Any) -> Any | None:
@@ -76,13 +72,17 @@ def _bind(s: Any, block: Any) -> None:
 
 
 def _single(func: Any) -> Any:
-    """Every stage on one thread."""
-    schedule = _schedule(func)
-    for block in _blocks(schedule):
-        loops = schedule.get_loops(block)
-        first = loops[0] if loops else block
-        outer = schedule.add_unit_loop(first)
-        inner = schedule.add_unit_loop(loops[0] if loops else block)
-        schedule.bind(outer, "blockIdx.x")
-        schedule.bind(inner, "threadIdx.x")
-    return schedule.mod["main"]
+    """Everything on one thread, loop after loop as written."""
+    body = tvm_ffi.structural_map(func.body, (tirx.For, _serial))
+    for tag in ("threadIdx.x", "blockIdx.x"):
+        index = tirx.Var(tag[:-2], "int32")
+        thread = tirx.IterVar(tvm.ir.Range(0, 1), index, tirx.IterVar.ThreadIndex, tag)
+        zero, one = tirx.const(0, "int32"), tirx.const(1, "int32")
+        body = tirx.For(index, zero, one, tirx.ForKind.THREAD_BINDING, body, thread)
+    return func.with_body(body)
+
+
+def _serial(loop: Any) -> Any:
+    if loop.kind not in (tirx.ForKind.PARALLEL, tirx.ForKind.VECTORIZED):
+        return loop
+    return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)

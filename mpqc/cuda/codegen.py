@@ -106,7 +106,14 @@ def legalize(func: Any) -> Any:
 
     LLVM's fences between products and sums go: nvcc is told not to contract them. Arithmetic of
     narrow integers, which C does in ``int``, is cut to its width where TVM would print it bare.
+    Buffers start at their pointers, also where TVM leaves that open.
     """
+    offsets = [getattr(parameter.ty, "elem_offset", None) for parameter in func.params]
+    symbols = [offset for offset in offsets if isinstance(offset, tvm.ir.Var)]
+
+    def variable(node: Any) -> Any:
+        known = any(symbol.same_as(node) for symbol in symbols)
+        return tirx.const(0, str(node.ty)) if known else node
 
     def call(node: Any) -> Any:
         name = getattr(node.op, "name", "")
@@ -119,7 +126,12 @@ def legalize(func: Any) -> Any:
 
     operators = (tirx.Add, tirx.Sub, tirx.Mul)
     return tvm_ffi.structural_map(
-        func, [(tvm.ir.Call, call), *((kind, binary(kind)) for kind in operators)]
+        func,
+        [
+            (tvm.ir.Call, call),
+            *((kind, binary(kind)) for kind in operators),
+            *([(tvm.ir.Var, variable)] if symbols else []),
+        ],
     )
 
 

@@ -20,6 +20,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as script
 
 from mpqc.cuda.codegen import device_source
+from mpqc.errors import UsageError
 from mpqc.graph import TensorType
 from mpqc.kernels import Kernel, Layer, Operand, Output, Shape
 from mpqc.schedules.cuda_product import ProductTile
@@ -31,6 +32,7 @@ THREADS = 256
 WARP = 32
 WORD = 32  # codes of a plane's word
 QUAD = 4  # codes of a byte each in a word
+MOST_ELEMENTS = 2**31 - 2**16  # places are int32, also those of threads behind the last element
 
 
 def words_of(channels: int, groups: int, each: int) -> int:
@@ -205,6 +207,12 @@ def _kernel(
     body: Callable[[_Body], None],
     variant: str,
 ) -> Kernel:
+    largest = max(kind.elements for _, kind in [*inputs, *results])
+    if largest >= MOST_ELEMENTS:
+        raise UsageError(
+            f"a tensor of {largest} elements is beyond what GPU kernels index: choose a smaller "
+            "--batch"
+        )
     func = _build([*inputs, *results], blocks, threads, body)
     return Kernel(func, tuple(t for _, t in inputs), tuple(t for _, t in results), variant)
 

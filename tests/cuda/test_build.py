@@ -109,6 +109,7 @@ def test_the_library_holds_the_code_and_needs_no_cuda(tmp_path: Path) -> None:
     assert contents(data) == {(ELF, 86), (PTX, 86)}
     assert made.code_bytes > 1000
     assert not [name for name in read_elf(data).needed if "cuda" in name]
+    assert made.header is not None
     assert "mpqc_device_seconds" in made.header.read_text("utf-8")
 
 
