@@ -74,6 +74,6 @@ def test_a_layer_of_signs_takes_fewer_bits(
 
     def mean(name: str) -> float:
         """Expected weight width."""
-        return sum(p.weight * math.exp(-loss) for p, loss in losses[name].items())
+        return float(sum(p.weight * math.exp(-loss) for p, loss in losses[name].items()))
 
     assert mean("signs") < mean("rich") - 0.3
