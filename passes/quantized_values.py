@@ -21,6 +21,7 @@ INTEGER_BITS = {
 }  # fmt: skip
 _CONTAINERS = {"int2": "int8", "int4": "int8", "uint2": "uint8", "uint4": "uint8"}
 MAX_WEIGHT = 2**15 - 1
+_KERNEL_BITS = 8
 MAX_FOLDED_ELEMENTS = 2**26
 
 Operand: TypeAlias = Array | str  # a constant, or the name of a value that data decide
@@ -293,6 +294,9 @@ class Reader:
         if values.ndim < 2 or bits > 16:
             self.define(node, out, exact)
             return
+        if len(varying) > 1 and fits and (common := _common_step(values, scale)) is not None:
+            values, scale = common  # powers of two, say: in steps of the smallest
+            varying, bits = [], max(bits, Grid.between(int(values.min()), int(values.max())).bits)
         if len(varying) > 1 or not fits:
             reason = "its scales vary along several axes" if fits else "its integers need > 16 bits"
             self.keep_float(node, f"the constant is float: {reason}")
@@ -500,6 +504,18 @@ class Reader:
         out = name if codes.value != name else self.fresh(f"{name}.{dtype}")
         self._written[name] = self.cast(maker, self.numbers(maker, codes), dtype, out)
         return out
+
+
+def _common_step(values: Array, scale: Array) -> tuple[Array, Array] | None:
+    """The same numbers as integers of at most 8 bits times one scale, where there is one."""
+    if not values.size or not (scale > 0).all():
+        return None
+    step = scale.min()
+    times = scale.astype(np.float64) / step
+    wide = values * times
+    if np.any(times % 1) or np.abs(wide).max() > 2 ** (_KERNEL_BITS - 1) - 1:
+        return None
+    return wide, np.asarray(step, np.float32).reshape(1)
 
 
 def quantize_attrs(scale: float, zero_point: int, grid: Grid) -> dict[str, Attribute]:

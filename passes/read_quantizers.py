@@ -20,6 +20,7 @@ from mpqc.passes.quantized_values import (
     Reader,
     container,
 )
+from mpqc.passes.widen_floats import WidenFloats
 
 READERS: Mapping[str, Callable[[Reader, Node], None]] = {
     **read_qdq.READERS,
@@ -81,6 +82,7 @@ def read_quantizers(graph: Graph) -> Reading:
     """
     if not _is_quantized(graph):
         return Reading(graph, ())
+    graph = WidenFloats()(graph)
     reader = Reader(graph)
     for node in graph:
         if node.name not in reader.absorbed:

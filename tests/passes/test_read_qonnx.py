@@ -270,6 +270,22 @@ def test_weights_of_several_scales_are_float_and_listed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(reading.graph.constants["y"], want)
 
 
+def test_weights_of_scales_that_are_multiples_are_integers(tmp_path: Path) -> None:
+    """What HGQ trains: a width and a power of two for each weight."""
+    rng = np.random.default_rng(0)
+    scale = (2.0 ** rng.integers(-3, 0, (6, 5))).astype(np.float32)
+    w = rng.uniform(-2, 2, (6, 5)).astype(np.float32)
+    bits = rng.integers(2, 5, (6, 5)).astype(np.float32)
+    reading = read(quant_file(w, scale, 0, bits, constant=True, signed=1, narrow=0), tmp_path)
+    made = only(reading.graph, "DequantizeWeights")
+    values, factors = weights_of(reading.graph, made)
+    want = int_quant(w, scale, np.float32(0), bits, True, False, "ROUND")
+    np.testing.assert_array_equal(values * factors, want)
+    assert factors.tolist() == [0.125]
+    assert made.attrs["bits"] == 6
+    assert reading.kept == ()
+
+
 def test_bipolar_weights(tmp_path: Path) -> None:
     w = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
     w[0, 0] = 0
