@@ -13,7 +13,7 @@ from mpqc.artifact import Artifact
 from mpqc.data import Data
 from mpqc.errors import ArtifactError, ModelError, UsageError
 from mpqc.graph import Array
-from mpqc.runtime import CompiledModel, Stepper
+from mpqc.runtime import LocalModel, Steps, open_model
 
 if TYPE_CHECKING:
     from mpqc.ort import Session
@@ -144,7 +144,9 @@ def bench(
         raise UsageError(f"unknown opponent {strangers[0]!r}; choose from {', '.join(OPPONENTS)}")
     if threads < 1 or repeat < 1:
         raise UsageError(f"threads and repeat start at 1, got {threads} and {repeat}")
-    with CompiledModel(artifact.library, threads) as compiled:
+    if per_layer and artifact.manifest.get("runtime") == "tvm":
+        raise UsageError("--per-layer times freestanding libraries: this one has TVM's runtime")
+    with open_model(artifact.library, threads) as compiled:
         feeds = _feeds(artifact, compiled, data, seed)
         runs: dict[str, Callable[[int], list[float]]] = {
             "mpqc": lambda count: compiled.seconds(feeds[0], count)
@@ -187,7 +189,7 @@ def take_turns(
 
 
 def _feeds(
-    artifact: Artifact, compiled: CompiledModel, data: Data | None, seed: int
+    artifact: Artifact, compiled: LocalModel, data: Data | None, seed: int
 ) -> list[dict[str, Array]]:
     from mpqc.verify import random_feeds
 
@@ -258,7 +260,7 @@ def opponent(
 
 
 def _per_layer(
-    compiled: CompiledModel, feed: Mapping[str, Array], repeat: int
+    compiled: LocalModel, feed: Mapping[str, Array], repeat: int
 ) -> tuple[LayerTiming, ...]:
     stepper = compiled.steps(feed)
     times = [_step_times(stepper) for _ in range(repeat + 1)][1:]
@@ -276,7 +278,7 @@ def _per_layer(
     )
 
 
-def _step_times(stepper: Stepper) -> list[float]:
+def _step_times(stepper: Steps) -> list[float]:
     return [stepper.step(index) for index in range(len(stepper))]
 
 

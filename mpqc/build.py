@@ -46,7 +46,7 @@ class Built:
 
     Attributes:
         library: path of the shared library.
-        header: of its C interface.
+        header: of its C interface; None for TVM's runtime.
         archive: static library; None unless asked for.
         weight_bytes: constants inside.
         shared_bytes: memory that all instances share, for weights that are stored narrower.
@@ -55,7 +55,7 @@ class Built:
     """
 
     library: Path
-    header: Path
+    header: Path | None
     archive: Path | None
     weight_bytes: int
     shared_bytes: int
@@ -91,6 +91,10 @@ def build(
 
         return cuda_build.build(program, memory, target, manifest, output, form)
     form = form or Form()
+    if form.runtime == "tvm":
+        from mpqc.build_relax import build_relax
+
+        return build_relax(program, target, manifest, output)
     compiler = find_compiler(target, native().arch)
     with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
         work = Path(folder)

@@ -137,6 +137,10 @@ def compile_(
         bool,
         Option("--ready-weights", help="Larger file, but no weights in writable memory."),
     ] = False,
+    runtime: Annotated[
+        Literal["none", "tvm"],
+        Option("--runtime", help="none: a freestanding library; tvm: for programs that use TVM."),
+    ] = "none",
     dim: Dim = None,
     batch: Batch = 1,
     calibration: Annotated[
@@ -190,7 +194,7 @@ def compile_(
     from mpqc.target import find_target
 
     check_output(output, overwrite)
-    form = Form(static, prefix, bare, ready_weights)
+    form = Form(static, prefix, bare, ready_weights, runtime)
     options = Options(
         find_target(target),
         kernel,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,14 +48,21 @@ class Form:
         bare: no threads and no heap: the caller gives the memory; needs memcpy and memset alone.
         ready: weights lie in the library as the kernels read them: larger, but nothing is widened
             in memory at the first start.
+        runtime: "none": freestanding; "tvm": a Relax executable for TVM's runtime.
     """
 
     static: bool = False
     prefix: str = DEFAULT_PREFIX
     bare: bool = False
     ready: bool = False
+    runtime: Literal["none", "tvm"] = "none"
 
     def __post_init__(self) -> None:
+        if self.runtime == "tvm" and replace(self, runtime="none") != Form():
+            raise UsageError(
+                "--runtime tvm has one form: --static, --prefix, --bare and --ready-weights are "
+                "for freestanding libraries"
+            )
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.prefix):
             raise UsageError(
                 f"--prefix wants a C name in lower case, as my_model, got {self.prefix!r}"

@@ -520,6 +520,7 @@ def _manifest(
         "kept": dict(prepared.kept),
         "fallbacks": sum(bool(layer.reason) for layer in layers),
         "kernel": options.kernel,
+        "runtime": options.form.runtime,
         "steps": [{"label": s.label, "kind": s.kind, "kernel": s.kernel} for s in program.steps],
         "taps": _taps(program, memory),
         "memory": {"arena": memory.size, "lower_bound": memory.lower_bound},

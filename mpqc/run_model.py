@@ -12,7 +12,7 @@ from mpqc.artifact import Artifact, new_file
 from mpqc.data import Data, open_data
 from mpqc.errors import UsageError
 from mpqc.graph import Array, TensorType
-from mpqc.runtime import CompiledModel
+from mpqc.runtime import Model, open_model
 from mpqc.verify import input_graph
 
 
@@ -76,7 +76,7 @@ def run_file(
     """
     if threads < 1:
         raise UsageError(f"at least one thread is needed, got {threads}")
-    with new_file(output, overwrite) as work, CompiledModel(artifact.library, threads) as model:
+    with new_file(output, overwrite) as work, open_model(artifact.library, threads) as model:
         data = open_data(source, input_graph(artifact), preprocess)
         start = time.perf_counter()
         results, samples = run_samples(model, data)
@@ -87,7 +87,7 @@ def run_file(
     return RunResult(output, samples, seconds, kinds)
 
 
-def run_samples(model: CompiledModel, data: Data) -> tuple[dict[str, Array], int]:
+def run_samples(model: Model, data: Data) -> tuple[dict[str, Array], int]:
     """Outputs of all samples.
 
     Returns:

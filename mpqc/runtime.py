@@ -5,6 +5,7 @@ A machine that only runs models needs this package without its dependencies, and
 
 import ctypes
 import json
+import mmap
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,11 @@ def _open(path: Path) -> Any:
         library = ctypes.CDLL(str(path))
         version = library.mpqc_abi_version()
     except (OSError, AttributeError) as error:
+        if is_for_tvm(path):
+            raise ArtifactError(
+                f"{path} was compiled with --runtime tvm: mpqc.runtime.open_model runs it, under "
+                "TVM; compile it without for a freestanding library"
+            ) from error
         raise ArtifactError(f"{path} is no compiled model of this machine: {error}") from error
     if version != ABI_VERSION:
         raise ArtifactError(
@@ -204,6 +210,22 @@ class Model(Protocol):
         ...
 
 
+class LocalModel(Model, Protocol):
+    """What runs on this machine."""
+
+    def seconds(self, feeds: Mapping[str, Array], repeat: int) -> list[float]:
+        """Wall time of single runs [s]."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class CompiledModel:
     """One instance of a compiled model.
 
@@ -216,11 +238,7 @@ class CompiledModel:
     """
 
     def __init__(self, path: str | Path, threads: int = 1) -> None:
-        file = Path(path)
-        file = file / "model.so" if file.is_dir() else file
-        if not file.exists():
-            raise ArtifactError(f"{file} does not exist: compile the model first")
-        self.path = file.resolve()
+        self.path = library_file(path).resolve()
         self._handle: Any = None
         self._library = _open(self.path)
         _check_instructions(self.path, self.manifest.get("target", {}))
@@ -400,3 +418,35 @@ def _pointers(arrays: Sequence[Array]) -> Any:
 def load(path: str | Path, threads: int = 1) -> CompiledModel:
     """Open an artifact: a folder, or its ``model.so``."""
     return CompiledModel(path, threads)
+
+
+def open_model(path: str | Path, threads: int = 1) -> LocalModel:
+    """The same for either runtime, freestanding or TVM's (``mpqc compile --runtime tvm``)."""
+    file = library_file(path)
+    if not is_for_tvm(file):
+        return CompiledModel(file, threads)
+    from mpqc.relax_model import RelaxModel
+
+    return RelaxModel(file.resolve(), threads)
+
+
+def library_file(path: str | Path) -> Path:
+    """``model.so`` of an artifact.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    file = Path(path)
+    file = file / "model.so" if file.is_dir() else file
+    if not file.exists():
+        raise ArtifactError(f"{file} does not exist: compile the model first")
+    return file
+
+
+def is_for_tvm(path: Path) -> bool:
+    """Whether a library needs TVM's runtime: it exports a Relax executable."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(b"\0__tvm_ffi__library_bin\0") >= 0

@@ -22,7 +22,7 @@ from mpqc.data import Data
 from mpqc.errors import ArtifactError, MpqcError, UsageError
 from mpqc.graph import Array, Graph, TensorType
 from mpqc.packing import bytes_to_codes
-from mpqc.runtime import CompiledModel, Model, Steps
+from mpqc.runtime import Model, Steps, open_model
 from mpqc.verify_original import Original, OriginalComparison
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def verify(
     with contextlib.ExitStack() as stack:
         compiled: Model
         if board is None:
-            compiled = stack.enter_context(CompiledModel(artifact.library))
+            compiled = stack.enter_context(open_model(artifact.library))
         else:
             compiled = board.load(artifact)
         samples = _Samples.open(compiled, reference, data, max_samples, seed)

@@ -26,6 +26,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tvm": (
         "mpqc/boards/rpc.py",
         "mpqc/build.py",
+        "mpqc/build_relax.py",
         "mpqc/compute.py",
         "mpqc/compute_winograd.py",
         "mpqc/float_compute.py",
@@ -33,6 +34,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "mpqc/kernels.py",
         "mpqc/lowering.py",
         "mpqc/onnx_to_tir.py",
+        "mpqc/relax_model.py",
         "mpqc/target.py",
         "schedules/",
     ),

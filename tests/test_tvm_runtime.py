@@ -1,63 +1,36 @@
-"""The freestanding library beside TVM's own runtime: the same kernels, called its way."""
+"""The freestanding library beside the same program under TVM's own runtime."""
 
-from collections.abc import Mapping
+import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tvm
 
-from mpqc import pipeline
-from mpqc.data import open_data
-from mpqc.graph import Array, Graph, Precision
-from mpqc.pipeline import Options
-from mpqc.plan import Plan
-from mpqc.program import Program
-from mpqc.target import Target, llvm_target, native
+from benchmarks.runtime import manifest, quantized_program
+from mpqc import demo
+from mpqc.artifact import Artifact
+from mpqc.boards.board import check_freestanding
+from mpqc.build import build
+from mpqc.elf import read_elf
+from mpqc.errors import ArtifactError, UsageError
+from mpqc.model_source import Form
+from mpqc.program import Program, plan_memory
+from mpqc.runtime import LocalModel, load, open_model
+from mpqc.target import TARGETS, Target, native
+from tests.arm_emulator import cross_compiler
 from tests.graph_runner import built, feeds, lower, parse
+from tests.mpqc_program import mpqc
 from tests.test_lowering import CHAIN, RESIDUAL, SHORTCUTS
 
+FOR_TVM = Form(runtime="tvm")
 
-class TvmRuntime:
-    """A program whose steps run as packed functions on TVM's tensors."""
 
-    def __init__(self, program: Program, target: Target) -> None:
-        self.program = program
-        functions = {
-            name: func.with_attr("global_symbol", name) for name, func in program.kernels.items()
-        }
-        self.module = tvm.compile(tvm.IRModule(functions), target=llvm_target(target)).mod
-        self.types = {
-            name: [
-                (str(param.ty.dtype), tuple(int(extent) for extent in param.ty.shape))
-                for param in func.params
-            ]
-            for name, func in program.kernels.items()
-        }
-
-    def run(self, fed: Mapping[str, Array]) -> dict[str, Array]:
-        program = self.program
-        values: dict[str, Array] = {
-            name: np.ascontiguousarray(a).reshape(-1).view(np.uint8)
-            for name, a in {**program.constants, **fed}.items()
-            if a.size
-        }
-        for step in program.steps:
-            names = [program.root(name) for name in (*step.inputs, *step.outputs)]
-            tensors = []
-            for name, (dtype, shape) in zip(names, self.types[step.kernel], strict=True):
-                size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-                data = values.get(name, np.zeros(size, np.uint8))[:size]
-                tensors.append(tvm.runtime.tensor(data.view(dtype).reshape(shape)))
-            self.module[step.kernel](*tensors)
-            for name, tensor in list(zip(names, tensors, strict=True))[len(step.inputs) :]:
-                values[name] = tensor.numpy().reshape(-1).view(np.uint8)
-        return {
-            name: values[program.root(buffer)].view(program.outputs[name].dtype)
-            .reshape(program.outputs[name].shape)
-            for name, buffer in program.results.items()
-        }  # fmt: skip
+def under_tvm(program: Program, folder: Path) -> LocalModel:
+    library = folder / "tvm.so"
+    build(program, plan_memory(program), native(), manifest(program), library, FOR_TVM)
+    return open_model(library)
 
 
 @pytest.mark.parametrize("text", [CHAIN, RESIDUAL, SHORTCUTS])
@@ -66,30 +39,12 @@ def test_graphs_give_the_same_bits(text: str, kernel: str, tmp_path: Path) -> No
     graph = parse(text)
     program = lower(graph, kernel=kernel)
     fed = feeds(graph)
-    wanted = TvmRuntime(program, native()).run(fed)
-    with built(program, tmp_path) as model:
-        for name, array in model.run(fed).items():
-            np.testing.assert_array_equal(array, wanted[name])
-
-
-def quantized_program(model: Path, bits: str) -> tuple[Program, dict[str, Array]]:
-    """A real model with random calibration data."""
-    graph = pipeline.import_model(model)
-    options = Options(native(), max_samples=1, latencies=None)
-    fed = random_feeds(graph)
-    plan = Plan.uniform(graph, Precision.parse(bits), Precision(8, 8))
-    calibration = pipeline.calibrate_plan(graph, plan, open_data(fed, graph), options)
-    return pipeline.lower(pipeline.quantize(graph, plan, calibration), plan, options), fed
-
-
-def random_feeds(graph: Graph) -> dict[str, Array]:
-    generator = np.random.default_rng(3)
-    return {
-        name: np.asarray(generator.uniform(0, 1, kind.shape)).astype(kind.dtype)
-        if kind.dtype.startswith("float")
-        else np.asarray(generator.integers(0, 256, kind.shape)).astype(kind.dtype)
-        for name, kind in graph.inputs.items()
-    }
+    (tmp_path / "own").mkdir()
+    with under_tvm(program, tmp_path) as theirs, built(program, tmp_path / "own") as ours:
+        for _ in range(2):
+            wanted = theirs.run(fed)
+            for name, array in ours.run(fed).items():
+                np.testing.assert_array_equal(array, wanted[name])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +61,102 @@ def random_feeds(graph: Graph) -> dict[str, Array]:
 )
 def test_real_models_give_the_same_bits(name: str, shared_models: Path, tmp_path: Path) -> None:
     program, fed = quantized_program(shared_models / f"{name}.onnx", "w2a2")
-    wanted: dict[str, Any] = TvmRuntime(program, native()).run(fed)
-    with built(program, tmp_path) as model:
-        for output, array in model.run(fed).items():
+    (tmp_path / "own").mkdir()
+    with under_tvm(program, tmp_path) as theirs, built(program, tmp_path / "own") as ours:
+        wanted = theirs.run(fed)
+        for output, array in ours.run(fed).items():
             np.testing.assert_array_equal(array, wanted[output])
+
+
+# The verbs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("digits") / "out"
+    made = mpqc("compile", str(demo.files().model), "--bits", "w2a2", "--rounding", "nearest",
+                "--data", str(demo.files().calibration), "--runtime", "tvm",
+                "-o", str(folder))  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    return Artifact.open(folder)
+
+
+def test_the_manifest_says_which_runtime(artifact: Artifact) -> None:
+    assert artifact.manifest["runtime"] == "tvm"
+    with open_model(artifact.folder) as model:
+        assert model.manifest == artifact.manifest
+    assert "TVMFFIErrorSetRaisedFromCStrParts" in read_elf(artifact.library.read_bytes()).undefined
+    assert not (artifact.folder / "model.h").exists()
+
+
+def test_verify_sees_every_value(artifact: Artifact) -> None:
+    result = mpqc("verify", str(artifact.folder), "--layers", "--max-samples", "3", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["passed"]
+    assert {row["value"] for row in found["layers"]} >= artifact.manifest["taps"].keys()
+    assert all(row["status"] == "exact" for row in found["layers"])
+
+
+def test_run_and_bench(artifact: Artifact, tmp_path: Path) -> None:
+    ran = mpqc("run", str(artifact.folder), "--input", str(demo.files().test),
+               "-o", str(tmp_path / "y.npz"))  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    with np.load(tmp_path / "y.npz") as arrays, np.load(demo.files().test) as test:
+        assert np.mean(arrays["logits"].argmax(1) == test["labels"]) > 0.5
+    timed = mpqc("bench", str(artifact.folder), "--threads", "2", "--repeat", "3",
+                 "--against", "none", "--json")  # fmt: skip
+    assert timed.returncode == 0, timed.stderr
+    (timing,) = json.loads(timed.stdout)["timings"]
+    assert 0 < timing["best"] <= timing["median"] < 1
+
+
+def test_steps_cannot_be_timed(artifact: Artifact) -> None:
+    result = mpqc("bench", str(artifact.folder), "--per-layer")
+    assert result.returncode == 2
+    assert "--per-layer times freestanding libraries" in result.stderr
+
+
+def test_boards_measure_freestanding_libraries(artifact: Artifact) -> None:
+    with pytest.raises(UsageError, match="boards run freestanding libraries"):
+        check_freestanding(artifact)
+
+
+def test_load_names_the_way(artifact: Artifact) -> None:
+    with pytest.raises(ArtifactError, match=r"mpqc\.runtime\.open_model runs it"):
+        load(artifact.library)
+
+
+@pytest.mark.parametrize(
+    "more", [{"static": True}, {"bare": True}, {"ready": True}, {"prefix": "net", "static": True}]
+)
+def test_other_forms_are_refused(more: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="--runtime tvm has one form"):
+        Form(runtime="tvm", **more)  # type: ignore[arg-type]
+
+
+def test_tvm_alone_runs_it(artifact: Artifact) -> None:
+    """Without mpqc: what a program that uses TVM already would do."""
+    program = (
+        "import sys, numpy, tvm\n"
+        "from tvm import relax\n"
+        "vm = relax.VirtualMachine(tvm.runtime.load_module(sys.argv[1]), tvm.cpu())\n"
+        "x = tvm.runtime.tensor(numpy.zeros((1, 1, 8, 8), 'float32'))\n"
+        "print(vm['main'](x)[0].numpy().shape)\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(artifact.library)],
+        capture_output=True, text=True, check=False, env=environment, cwd=artifact.folder,
+    )  # fmt: skip
+    assert result.stdout.strip() == "(1, 10)", result.stderr
+
+
+def test_boards_have_it_too(tmp_path: Path) -> None:
+    target: Target = TARGETS["rpi4"]
+    cross_compiler(target)
+    graph = parse(CHAIN)
+    program, library = lower(graph, target), tmp_path / "model.so"
+    build(program, plan_memory(program), target, manifest(program), library, FOR_TVM)
+    elf = read_elf(library.read_bytes())
+    assert (elf.machine, elf.bits) == (183, 64)

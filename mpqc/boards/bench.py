@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mpqc.artifact import Artifact
 from mpqc.bench import Benchmark, LayerTiming, Timing
-from mpqc.boards.board import Board, Samples
+from mpqc.boards.board import Board, Samples, check_freestanding
 from mpqc.errors import UsageError
 
 
@@ -24,6 +24,7 @@ def bench_board(artifact: Artifact, board: Board, repeat: int, per_layer: bool) 
     """
     if repeat < 1:
         raise UsageError(f"repeat starts at 1, got {repeat}")
+    check_freestanding(artifact)
     (found,) = board.samples([artifact.library], repeat, 0.0)
     manifest = artifact.manifest
     facts = board.facts() | {"compiled_with": manifest["versions"]}

@@ -15,7 +15,7 @@ import numpy as np
 from mpqc.artifact import Artifact
 from mpqc.boards.connection import Connection
 from mpqc.boards.programs import compile_measure
-from mpqc.errors import ArtifactError, DataError
+from mpqc.errors import ArtifactError, DataError, UsageError
 from mpqc.profile_layers import LEAST_SECONDS, Times
 from mpqc.target import Target, find_target
 from mpqc.tensor_type import Array, TensorType
@@ -124,7 +124,12 @@ class Board:
         return facts
 
     def load(self, artifact: Artifact) -> "RemoteModel":
-        """A compiled model as ``verify`` uses it."""
+        """A compiled model as ``verify`` uses it.
+
+        Raises:
+            UsageError: not a freestanding library.
+        """
+        check_freestanding(artifact)
         return RemoteModel(self, artifact)
 
     def close(self) -> None:
@@ -237,6 +242,19 @@ def _stored_bytes(tap: Mapping[str, Any]) -> int:
     if tap["form"] == "planes":
         return int(tap["bits"] * prod(stored[:-1]) * -(-stored[-1] // 8))
     return prod(stored) * int(np.dtype(tap["dtype"]).itemsize)
+
+
+def check_freestanding(artifact: Artifact) -> None:
+    """Refuse what the measuring program cannot load.
+
+    Raises:
+        UsageError: it was compiled for TVM's runtime.
+    """
+    if artifact.manifest.get("runtime") == "tvm":
+        raise UsageError(
+            f"{artifact.folder} was compiled with --runtime tvm: boards run freestanding "
+            "libraries; compile it without"
+        )
 
 
 def target_of(artifact: Artifact) -> Target:

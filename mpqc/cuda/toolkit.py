@@ -47,8 +47,8 @@ def check_form(form: Form, target: Target) -> None:
     Raises:
         UsageError: static, or without heap and threads.
     """
-    if form.static or form.bare:
-        asked = "--static" if form.static else "--bare"
+    if form.static or form.bare or form.runtime == "tvm":
+        asked = "--static" if form.static else "--bare" if form.bare else "--runtime tvm"
         raise UsageError(f"{asked} is for CPUs: a library for {target.name} loads the CUDA driver")
 
 
