@@ -44,6 +44,7 @@ static char* stacks;
 static void (*entry)(void*);
 static void* argument;
 static bool serial;  // the kernel never waits: no fibers
+static bool backwards;  // every other block runs its threads from the last: barriers are missed
 
 struct lane_data { unsigned a[4], b[2]; int bit; };
 static lane_data slots[MOST_THREADS][2];  // by thread and turn
@@ -100,7 +101,8 @@ inline void run_block() {
   if (serial) return;
   for (;;) {
     int done = 0;
-    for (int t = 0; t < threads; t++) {
+    for (int n = 0; n < threads; n++) {
+      const int t = backwards ? threads - 1 - n : n;
       if (fibers[t].state == READY) {
         current = t;
         threadIdx = fibers[t].index;
@@ -135,6 +137,7 @@ void call(void (*kernel)(A...), const unsigned* grid, const unsigned* block, voi
     for (int y = 0; y < gridDim.y; y++)
       for (int x = 0; x < gridDim.x; x++) {
         blockIdx = {x, y, z};
+        backwards = x % 2;
         run_block();
       }
 }

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import os
 import struct
 import subprocess
 from pathlib import Path
@@ -304,19 +303,40 @@ def test_the_verbs_work_with_a_gpu(tmp_path: Path, gpu: Emulator) -> None:
     gpu_capability.cache_clear()
 
 
-def test_the_emulator_notices_wrong_kernels(tmp_path: Path, gpu: Emulator) -> None:
-    """The emulated GPU is itself under test: a changed instruction must not go unnoticed."""
-    graph = convolution((1, 64, 6, 7), 40)
-    plain = gpu.fat_binary
+# What an emulated GPU must notice: lines of the shared code, and what breaks them.
+WRONG = {
+    "a tap too far": ("const int tap = k /", "const int tap = 1 + k /"),
+    "the wrong padding": ("held[i][e][v] = used ? whole & mask", "held[i][e][v] = used ? ~whole"),
+    "fragments of other rows": ("a[m][1] = row[8 * T::STRIDE]", "a[m][1] = row[4 * T::STRIDE]"),
+    "a plane's weight": ("-(1 << (i + j))", "-(1 << i)"),
+    "multiplies what is not there yet": (
+        "columns.store(words + DATA);\n  __syncthreads();", "columns.store(words + DATA);",
+    ),
+    "overwrites what others multiply": (
+        "}\n    __syncthreads();\n  }\n  sums.write", "}\n  }\n  sums.write",
+    ),
+    "reads results too early": ("  __syncthreads();\n}\n\n// One result", "}\n\n// One result"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, marks=[] if index in (0, 5) else [pytest.mark.slow])
+        for index, change in enumerate(WRONG)
+    ],
+)
+def test_the_emulator_notices_wrong_kernels(change: str, tmp_path: Path, gpu: Emulator) -> None:
+    """The emulated GPU is itself under test."""
+    graph = convolution((1, 64, 12, 11), 64)
+    plain, (old, new) = gpu.fat_binary, WRONG[change]
 
     def broken(source: str, arch: str, work: Path) -> bytes:
-        changed = source.replace("const int tap = k /", "const int tap = 1 + k /")
-        assert changed != source
-        return plain(changed, arch, work)
+        assert old in source
+        return plain(source.replace(old, new), arch, work)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toolkit, "compile_fat_binary", broken)
-        with built(lower(graph, SM86), tmp_path, SM86) as model:
+        with built(lower(graph, SM86, "bitplane"), tmp_path, SM86) as model:
             got, expected = model.run(feeds(graph)), reference.run(graph, feeds(graph))
     assert any(not np.array_equal(got[name], expected[name]) for name in expected)
-    assert os.environ["MPQC_CUDA_DRIVER"] == str(gpu.driver)
