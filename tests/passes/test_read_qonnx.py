@@ -528,6 +528,28 @@ def test_a_quantizer_that_nobody_reads_goes(tmp_path: Path) -> None:
     assert ops(read(content, tmp_path).graph) == ["Relu"]
 
 
+def test_a_quantizer_that_no_layer_reads_computes_what_it_says(tmp_path: Path) -> None:
+    content = file(
+        [
+            node("Quant", ["x", "s", "z", "b"], ["q"], "data", domain=DOMAIN, signed=1, narrow=0),
+            node("Quant", ["w", "s", "z", "b"], ["v"], "shift", domain=DOMAIN, signed=1, narrow=0),
+            node("Add", ["q", "v"], ["a"], "add"),
+            node("Abs", ["a"], ["y"], "size"),
+        ],
+        [floats("s", 0.25), floats("z", 0), floats("b", 4), floats("w", [[0.3, -9, 0.13]])],
+        [info("x", [2, 3])], [info("y", [2, 3])], 13, {DOMAIN: 1},
+    )  # fmt: skip
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    assert pipeline.read_model(path).kept == {}
+    x = data(np.random.default_rng(0), (2, 3), np.float32(0.25), 8)
+    four, none = np.array(4), np.float32(0)
+    shift = int_quant(np.float32([[0.3, -9, 0.13]]), np.float32(0.25), none, four, True, False,
+                      "ROUND")  # fmt: skip
+    want = np.abs(int_quant(x, np.float32(0.25), none, four, True, False, "ROUND") + shift)
+    np.testing.assert_array_equal(compiled(path, {"x": x})["y"], want)
+
+
 # ---- the qonnx package ---------------------------------------------------------------------------
 
 
