@@ -17,6 +17,7 @@ from tvm import s_tir, tirx
 WEIGHTS_IN_CACHE = 256 * 1024  # bytes of packed weights that a row of outputs may stream
 SMALL_WORK = 1 << 14  # innermost iterations below which a parallel loop costs more than it gains
 UNROLLED_TAPS = 32
+_ROUNDINGS = frozenset({"tirx.nearbyint", "tirx.round", "tirx.floor", "tirx.ceil", "tirx.trunc"})
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,22 @@ def apply(func: Any, vector_bits: int, cores: int) -> Any:
     result = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     if cores == 1:  # some operators of TVM are born with parallel loops
         result = tvm_ffi.structural_map(result, (tirx.For, _serial))
-    if _names_calls(result):
+    if _names_roundings(result):
         result = tvm_ffi.structural_map(result, (tirx.For, _scalar))
     if func.attrs and "global_symbol" in func.attrs:
         return result.with_attr("global_symbol", func.attrs["global_symbol"])
     return result.without_attr("global_symbol")
 
 
-def _names_calls(func: Any) -> bool:
-    """Whether a let names what a call computes, such as a rounding before an exp."""
+def _names_roundings(func: Any) -> bool:
+    """Whether a let names what a rounding gives, such as of quantized values before an exp."""
+
+    def rounding(call: Any) -> Any:
+        found = getattr(call.op, "name", "") in _ROUNDINGS
+        return tvm_ffi.VisitInterrupt(None) if found else None
 
     def visit(let: Any) -> Any:
-        return tvm_ffi.structural_walk(let.value, (tvm.ir.Call, tvm_ffi.VisitInterrupt))
+        return tvm_ffi.structural_walk(let.value, (tvm.ir.Call, rounding))
 
     return tvm_ffi.structural_walk(func, (tirx.Let, visit)) is not None
 
