@@ -1,6 +1,5 @@
 """Searches that train need no word about the network: a transformer block, MobileNetV2."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
 from mpqc.budget import parse_budgets
 from mpqc.data import open_data
 from mpqc.graph import Array, Graph
+from mpqc.plan import Plan
 from mpqc.search import load, make_problem, precisions
 from mpqc.train import folded, load_graph
 from mpqc.train.batches import SetData, TrainingSet
@@ -25,7 +25,7 @@ METHODS = {
 }
 
 
-def search(graph: Graph, method: str, batch: int, count: int) -> None:
+def search(graph: Graph, method: str, batch: int, count: int) -> Plan:
     """A few steps on random samples; the plan keeps its budget."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Array] = {
@@ -48,16 +48,16 @@ def search(graph: Graph, method: str, batch: int, count: int) -> None:
     assert problem.problems(precisions(plan)) == []
     assert labels
     assert all("nan" not in label for label in labels)
-    other = replace(problem, trainer=trainer)
-    assert load(method, METHODS[method])(other) == plan
+    return plan
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_transformer_block(method: str) -> None:
-    search(Graph.parse(BLOCK), method, 4, 24)
+    plan = search(Graph.parse(BLOCK), method, 4, 24)
+    assert search(Graph.parse(BLOCK), method, 4, 24) == plan
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_mobilenet_v2(method: str, shared_models: Path) -> None:
-    search(load_graph(shared_models / "mobilenet_v2_1.0_224.onnx"), method, 2, 8)
+    search(load_graph(shared_models / "mobilenet_v2_1.0_224.onnx"), method, 2, 5)
