@@ -177,8 +177,26 @@ class Lowering:
             self._call(kernel, operands, names, head.name, "elementwise")
         else:
             self._layer(layer_node, plan, outputs)
+            self._say_floats(group, outputs)
         for spec in outputs:
             self._tap(spec.value)
+
+    def _say_floats(self, group: Group, specs: Sequence["Spec"]) -> None:
+        """Note which floats of a layer go to memory, and who needs them there."""
+        inside = {node.name for node in group.nodes}
+        for spec in specs:
+            if self.graph.type(spec.value).dtype != "float32":
+                continue
+            readers = [node for node in self.graph.consumers(spec.value) if node.name not in inside]
+            outputs = {spec.value, *(n.output for n in readers if n.op == "Transpose")}
+            why = [
+                f"{node.name} ({node.op}) computes with floats"
+                for node in readers
+                if node.output not in outputs or node.output not in self.graph.outputs
+            ]
+            if outputs & set(self.graph.outputs):
+                why.append("an output of the model")
+            self.program.floats[spec.value.removesuffix(SUFFIX)] = "; ".join(why)
 
     def _elementwise(
         self, image: Shape, operands: Sequence[Operand], outputs: Sequence[Output]

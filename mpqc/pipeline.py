@@ -518,6 +518,7 @@ def _manifest(
         "outputs": {n: {"dtype": t.dtype, "shape": t.shape} for n, t in program.outputs.items()},
         "layers": [asdict(layer) for layer in layers],
         "kept": dict(prepared.kept),
+        "floats": dict(program.floats),
         "fallbacks": sum(bool(layer.reason) for layer in layers),
         "kernel": options.kernel,
         "runtime": options.form.runtime,

@@ -109,6 +109,7 @@ class Program:
         constants: name -> array; prepacked weights, scales.
         kernels: symbol -> scheduled PrimFunc.
         steps: in execution order.
+        floats: float32 value that a quantized layer writes -> why it does not stay in the kernel.
     """
 
     inputs: dict[str, TensorType] = field(default_factory=dict)
@@ -121,6 +122,7 @@ class Program:
     steps: list[Step] = field(default_factory=list)
     taps: dict[str, Tap] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
+    floats: dict[str, str] = field(default_factory=dict)
 
     def root(self, name: str) -> str:
         """The buffer that really holds a name's bytes."""

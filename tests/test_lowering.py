@@ -325,6 +325,13 @@ def test_a_residual_stream_stays_float_and_codes_stay_codes() -> None:
     assert floats == {"x", "r"}
 
 
+def test_floats_between_layers_have_a_reason() -> None:
+    assert lower(parse(RESIDUAL)).floats == {"r": "an output of the model"}
+    assert lower(parse(CHAIN)).floats == {"y": "an output of the model"}
+    (reason,) = lower(parse(SHORTCUTS)).floats.values()
+    assert reason.endswith("(Add) computes with floats")
+
+
 def test_readers_of_one_tensor_share_its_planes() -> None:
     program = lower(parse(SHARED), kernel="bitplane")
     packs = [step for step in program.steps if step.kind == "pack"]
