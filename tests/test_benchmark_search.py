@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import search
@@ -63,7 +64,9 @@ def test_a_network_and_again(
 
 def test_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = files()
+    with np.load(demo.test) as arrays:
+        np.savez(tmp_path / "bare.npz", input=arrays["input"])
     arguments = [str(demo.model), "--data", str(demo.calibration), "--test",
-                 str(demo.calibration), "-o", str(tmp_path)]  # fmt: skip
+                 str(tmp_path / "bare.npz"), "-o", str(tmp_path)]  # fmt: skip
     assert search.main(arguments) == 2
     assert "no labels" in capsys.readouterr().err
