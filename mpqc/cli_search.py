@@ -23,6 +23,7 @@ from mpqc.cli_options import (
     parse_dims,
 )
 from mpqc.errors import UsageError
+from mpqc.parallel import using
 
 if TYPE_CHECKING:
     from mpqc.forecast import Expectation
@@ -138,6 +139,18 @@ def search(
     max_samples: Annotated[
         int | None, Option("--max-samples", min=1, help="Of the training data, drawn by --seed.")
     ] = None,
+    jobs: Annotated[
+        int | None,
+        Option("--jobs", metavar="N", help="Trials at a time; -1: one a core. alps, sensitivity."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        Option(
+            "--backend",
+            metavar="NAME",
+            help="Of joblib, for --jobs: loky (processes), threading, dask or ray (clusters).",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -175,7 +188,7 @@ def search(
             model, train, validate=validate, preprocess=preprocess, dims=dims, recipe=recipe,
             label_weight=label_weight, device=device, max_samples=max_samples,
         )  # fmt: skip
-    with _Bar() as bar:
+    with using(backend, jobs), _Bar() as bar:
         result = search_plan(
             model,
             method=method,

@@ -189,7 +189,7 @@ def test_options() -> None:
         load("hawq", {"probes": "0"})
     with pytest.raises(UsageError, match="builds is at least 1"):
         load("exchange", {"builds": "0"})
-    with pytest.raises(UsageError, match="no search method 'eagle'; installed: eagl"):
+    with pytest.raises(UsageError, match="no search method 'eagle'; installed: alps"):
         load("eagle")
 
 

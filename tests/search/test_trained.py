@@ -9,7 +9,7 @@ from mpqc.errors import BudgetError, EnvironmentLacks, UsageError
 from mpqc.search import load, methods
 from mpqc.search.testing import toy_problem
 
-TRAINED = ["ebs", "dnas"]
+TRAINED = ["alps", "ebs", "dnas"]
 
 
 @pytest.mark.parametrize("name", TRAINED)

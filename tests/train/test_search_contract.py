@@ -39,6 +39,11 @@ class TestDnasSampled(TrainedContract):
     }
 
 
+class TestAlps(TrainedContract):
+    method = "alps"
+    options = {"epochs": "0.2", "start": "0.2"}  # noqa: RUF012
+
+
 TRAINING = [name for name in base.BUILT_IN if "trainer" in load(name).needs]
 
 

@@ -1,0 +1,98 @@
+"""alps: one fine-tune a group of layers with that group narrower."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mpqc.errors import UsageError
+from mpqc.graph import Precision
+from mpqc.search.base import ScoreSearch
+from mpqc.search.eagl import equal_widths
+from mpqc.search.problem import Problem
+from mpqc.search.scores import Scores
+
+Metric = Literal["val_acc", "train_acc", "train_loss"]
+
+
+@dataclass(frozen=True)
+class Alps(ScoreSearch):
+    """Fine-tune once for each group of layers with only that group narrow (arXiv 2301.13330).
+
+    Attributes:
+        epochs: of each trial.
+        start: epochs of the network at the widest candidates, from which all trials start; 0: as
+            many as ``--epochs`` says.
+        metric: whose loss is a group's gain: held-out accuracy, or accuracy or loss in training.
+    """
+
+    needs = frozenset({"trainer"})
+    widths = (2, 4)
+
+    epochs: float = 1.0
+    start: float = 0.0
+    metric: Metric = "val_acc"
+
+    def __post_init__(self) -> None:
+        if not (self.epochs > 0 and self.start >= 0):
+            raise UsageError("alps: epochs of a trial are positive, start is not negative")
+
+    def scores(self, problem: Problem) -> Scores:
+        if problem.trainer is None:
+            raise UsageError(
+                "method 'alps' trains: give --train data; it needs pip install \"mpqc[train]\""
+            )
+        from mpqc.search.solve import solve
+
+        levels = group_levels(problem)
+        even = losses_of(problem, levels, {})
+        solve(problem, even)  # a budget that cannot be met is said before hours of training
+        from mpqc.train.search.alps import measure
+
+        reference, found = measure(problem, self, levels)
+        worse = 1.0 if self.metric == "train_loss" else -1.0
+        drops = {trial: max(0.0, worse * (value - reference)) for trial, value in found.items()}
+        unit = "loss" if self.metric == "train_loss" else "accuracy"
+        return Scores(losses_of(problem, levels, drops), f"{unit} lost in {self.epochs:g} epochs")
+
+
+Levels = dict[tuple[str, ...], dict[int, dict[str, Precision]]]
+"""Group -> width -> precision of each of its layers; the widest last."""
+Trial = tuple[tuple[str, ...], int]
+
+
+def group_levels(problem: Problem) -> Levels:
+    """What each group of layers can be narrowed to: one decision a group, as in the paper.
+
+    Groups share an input or are tied. Weights and inputs get the same width where constraints
+    leave them free; elsewhere the nearest that they allow. Levels that come out equal are one.
+    """
+    made: Levels = {}
+    for group in problem.groups:
+        bits = sorted({b for name in group for p in equal_widths(problem.choices[name])
+                       for b in (p.weight, p.activation)})  # fmt: skip
+        levels: dict[int, dict[str, Precision]] = {}
+        for width in bits:
+            wanted = {name: Precision(width, width) for name in problem.choices}
+            snapped = problem.snap(wanted)
+            level = {name: snapped[name] for name in group}
+            if level not in levels.values():
+                levels[width] = level
+        made[group] = levels
+    return made
+
+
+def widest(levels: Levels) -> dict[str, Precision]:
+    """Every layer at its highest level."""
+    return {name: p for group in levels.values() for name, p in group[max(group)].items()}
+
+
+def losses_of(
+    problem: Problem, levels: Levels, drops: dict[Trial, float]
+) -> dict[str, dict[Precision, float]]:
+    """A group's loss, spread evenly over its layers, which share their level."""
+    losses: dict[str, dict[Precision, float]] = {layer.name: {} for layer in problem.layers}
+    for group, rows in levels.items():
+        for width, level in rows.items():
+            loss = drops.get((group, width), 0.0) / len(group)
+            for name, precision in level.items():
+                losses[name][precision] = min(loss, losses[name].get(precision, loss))
+    return losses

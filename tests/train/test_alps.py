@@ -1,0 +1,140 @@
+"""ALPS against brute force: trials as the specification has them, and the best of all plans."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
+
+from mpqc.errors import UsageError
+from mpqc.graph import Precision
+from mpqc.search import load, precisions
+from mpqc.search.alps import Alps, group_levels, losses_of
+from mpqc.search.constraints import Constraints
+from mpqc.search.problem import Problem
+from mpqc.search.solve import solve
+from mpqc.search.testing import between, toy_graph, toy_problem
+from mpqc.train.loop import TrainingDiverged
+from mpqc.train.objective import Objective
+from mpqc.train.search import alps
+from tests.train.contract import toy_trainer
+
+
+def problem(**changes: Any) -> Problem:
+    made = replace(toy_problem(), trainer=toy_trainer(), **changes)
+    four = {
+        name: tuple(p for p in row if {p.weight, p.activation} <= {2, 4} or len(row) == 1)
+        for name, row in made.choices.items()
+    }
+    return replace(made, choices=four)
+
+
+def test_a_trial_narrows_one_group_of_the_trained_network() -> None:
+    asked = problem()
+    levels = group_levels(asked)
+    assert levels[("main", "shortcut")] == {
+        2: {"main": Precision(2, 2), "shortcut": Precision(2, 2)},
+        4: {"main": Precision(4, 4), "shortcut": Precision(4, 4)},
+    }
+    assert list(levels[("first",)].values()) == [{"first": Precision(8, 8)}]
+    reference, found = alps.measure(asked, Alps(epochs=0.4, start=0.4), levels)
+    assert set(found) == {
+        (group, 2) for group in (("main", "shortcut"), ("depthwise",), ("pointwise",))
+    }
+
+    trainer = toy_trainer()
+    wide = {n: Precision(8, 8) if n in ("first", "classifier") else Precision(4, 4)
+            for n in asked.choices}  # fmt: skip
+    four = trainer.network(trainer.plan(wide))
+    trainer.fit(four, 0.4)
+    by_hand = replace(trainer, checkpoint=four)
+    assert by_hand.train(wide, 0.4) == reference
+    for (group, width), value in found.items():
+        narrow = wide | dict.fromkeys(group, Precision(width, width))
+        assert by_hand.train(narrow, 0.4) == value
+
+
+def test_the_knapsack_is_that_of_brute_force() -> None:
+    asked = between(problem(), {"bitops": 0.35})
+    levels = group_levels(asked)
+    groups = [group for group, rows in levels.items() if len(rows) > 1]
+    gains = dict(zip(groups, (0.03, 0.0, 0.011), strict=True))
+    losses = losses_of(asked, levels, {(group, 2): gain for group, gain in gains.items()})
+    found = solve(asked, losses)
+    best = min(
+
+            (sum(gains[g] for g, wide in zip(groups, kept, strict=True) if not wide), cost)
+            for kept in product((False, True), repeat=len(groups))
+            for plan in [
+                {n: p for g, rows in levels.items()
+                 for n, p in rows[
+                     min(rows) if g in groups and not kept[groups.index(g)] else max(rows)
+                 ].items()}
+            ]
+            for cost in [asked.cost(plan, "bitops")]
+            if cost <= asked.budgets["bitops"]
+
+    )  # fmt: skip
+    lost = sum(losses[name][p] for name, p in found.items())
+    assert lost == pytest.approx(best[0])
+    assert asked.cost(found, "bitops") == best[1]
+
+
+@pytest.mark.parametrize("metric", ["train_acc", "train_loss"])
+def test_other_metrics(metric: str) -> None:
+    asked = problem()
+    method = load("alps", {"metric": metric, "epochs": "0.4", "start": "0.4"})
+    scores = method.scores(asked)  # type: ignore[attr-defined]
+    assert scores.unit.startswith("loss" if metric == "train_loss" else "accuracy")
+    assert all(loss >= 0 for row in scores.losses.values() for loss in row.values())
+    if metric == "train_loss":
+        assert any(loss > 0 for row in scores.losses.values() for loss in row.values())
+
+
+def test_another_budget_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Alps(epochs=0.2, start=0.2)
+    asked = between(problem(cache=tmp_path), {"bitops": 0.3})
+    first = method(asked)
+    monkeypatch.setattr(alps, "trial", None)
+    monkeypatch.setattr(alps, "_start", None)
+    assert method(asked) == first
+    other = between(asked, {"size": 0.9})
+    assert other.problems(precisions(method(other))) == []
+
+
+def test_divergence_keeps_what_had_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, asked = Alps(epochs=0.2, start=0.2), problem(cache=tmp_path)
+    exact, calls = alps.trial, []
+
+    def diverge(*given: Any) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            monkeypatch.setattr(
+                Objective, "loss", lambda self, outputs, *_: next(iter(outputs.values())).sum() / 0
+            )
+        return exact(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(alps, "trial", diverge)
+        with pytest.raises(TrainingDiverged, match="diverged at step 0"):
+            method(asked)
+    (kept,) = tmp_path.glob("alps-*/trials.jsonl")
+    assert len(kept.read_text().splitlines()) == 2
+
+
+def test_pinned_layers_are_not_tried() -> None:
+    constraints = Constraints(pin={"depthwise": "w3a4"}, tie=(("main", "pointwise"),))
+    levels = group_levels(replace(toy_problem(constraints=constraints), trainer=toy_trainer()))
+    assert list(levels[("depthwise",)].values()) == [{"depthwise": Precision(3, 4)}]
+    tied = next(group for group in levels if "main" in group)
+    assert {"main", "shortcut", "pointwise"} == set(tied)
+    assert all(row["main"] == row["pointwise"] for row in levels[tied].values())
+    assert set(toy_graph().constants)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UsageError, match="positive"):
+        Alps(epochs=0)
