@@ -13,6 +13,7 @@ from mpqc.plan import Plan
 from mpqc.preprocess import Preprocess
 from mpqc.search.base import GROUP, Method, ScoreSearch, Search, load, methods
 from mpqc.search.cache import default_cache
+from mpqc.search.channels import plan_problems
 from mpqc.search.confirm import confirm
 from mpqc.search.constraints import Constraints
 from mpqc.search.make_problem import EIGHT, candidates, make_problem
@@ -165,7 +166,7 @@ def search_plan(
         plan = plugin(problem)
     if not isinstance(plan, Plan):
         raise PlanError(f"method {name!r} returned {type(plan).__name__}, not a Plan")
-    if found := problem.problems(precisions(plan)):
+    if found := plan_problems(problem, plan):
         raise PlanError(f"method {name!r} broke the rules: {'; '.join(found)}")
     uniform = _uniform(problem)
     trains = "trainer" in getattr(plugin, "needs", ())  # such plans are fine-tuned: noise says less

@@ -12,6 +12,7 @@ from rich.text import Text
 from mpqc.budget import show
 from mpqc.search import SearchResult, precisions
 from mpqc.search.base import Method
+from mpqc.search.channels import layer_plan_cost, plan_total
 from mpqc.search.solve import describe
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def to_json(
         layers.append(
             {
                 "name": name,
-                "weight_bits": precision.weight,
+                "weight_bits": plan.layers[name].weight_bits,
                 "activation_bits": precision.activation,
                 "kernel": plan.layers[name].kernel,
                 "expected_kernel": expected[name].kernel if name in expected else None,
@@ -50,7 +51,7 @@ def to_json(
     return {
         "method": "" if record is None else record.method,
         "budget": dict(problem.budgets),
-        "cost": problem.total(result.widths()),
+        "cost": plan_total(problem, plan),
         "layers": layers,
         "float_layers": [layer.name for layer in problem.floats],
         "score_unit": None if result.scores is None else result.scores.unit,
@@ -79,11 +80,11 @@ def table(
         made.add_column("kernel", no_wrap=True)
     for column in ("gain", *(f"{name} share" for name in objectives)):
         made.add_column(column, justify="right", no_wrap=True)
-    for name, precision, gain, _, shares in _rows(result):
+    for name, _, gain, _, shares in _rows(result):
         count = len(problem.choices[name])
         made.add_row(
             Text(name),
-            str(precision),
+            result.plan.layers[name].text,
             "pinned" if count == 1 else str(count),
             *((expected[name].kernel,) if expected else ()),
             "" if gain is None or count == 1 else f"{gain:.3g}",
@@ -96,7 +97,7 @@ def summary(result: SearchResult) -> list[str]:
     """What the plan costs, what the budget allows, what a uniform plan would cost."""
     problem, widths = result.problem, result.widths()
     lines = [f"{describe(widths)}" + _floats(result)]
-    for name, cost in problem.total(widths).items():
+    for name, cost in plan_total(problem, result.plan).items():
         limit = problem.budgets.get(name)
         if limit is None:
             lines.append(f"{name}: {show(name, cost)}")
@@ -167,11 +168,11 @@ def _rows(
 ) -> list[tuple[str, Any, float | None, dict[str, float], dict[str, float]]]:
     """Layer, precision, gain, cost and share of the total cost by objective."""
     problem, widths = result.problem, result.widths()
-    total = problem.total(widths)
+    total = plan_total(problem, result.plan)
     rows = []
     for layer in problem.layers:
-        precision = widths[layer.name]
-        costs = {name: function(layer, precision) for name, function in problem.costs.items()}
+        precision, planned = widths[layer.name], result.plan.layers[layer.name]
+        costs = {name: layer_plan_cost(problem, layer, planned, name) for name in problem.costs}
         shares = {name: cost / total[name] if total[name] else 0.0 for name, cost in costs.items()}
         gain = None
         if result.scores is not None:
