@@ -27,6 +27,7 @@ BUILT_IN: Mapping[str, str] = {
     "exchange": "mpqc.search.exchange:Exchange",
     "ebs": "mpqc.search.ebs:Ebs",
     "dnas": "mpqc.search.dnas:Dnas",
+    "fracbits": "mpqc.search.fracbits:FracBits",
     "alps": "mpqc.search.alps:Alps",
     "reverse": "mpqc.search.baselines:Reverse",
     "random": "mpqc.search.baselines:Random",

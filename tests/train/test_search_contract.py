@@ -44,6 +44,11 @@ class TestAlps(TrainedContract):
     options = {"epochs": "0.2", "start": "0.2"}  # noqa: RUF012
 
 
+class TestFracBits(TrainedContract):
+    method = "fracbits"
+    options = {"warmup": "0", "quantizer": "lsq"}  # noqa: RUF012
+
+
 TRAINING = [name for name in base.BUILT_IN if "trainer" in load(name).needs]
 
 

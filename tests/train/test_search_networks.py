@@ -11,7 +11,8 @@ from mpqc.budget import parse_budgets
 from mpqc.data import open_data
 from mpqc.graph import Array, Graph
 from mpqc.plan import Plan
-from mpqc.search import load, make_problem, precisions
+from mpqc.search import load, make_problem
+from mpqc.search.channels import plan_problems
 from mpqc.train import folded, load_graph
 from mpqc.train.batches import SetData, TrainingSet
 from mpqc.train.loop import Recipe
@@ -22,6 +23,8 @@ from tests.train.test_quantized_layer import BLOCK
 METHODS = {
     "ebs": {"quantizer": "lsq"},
     "dnas": {"samples": "0", "share_weights": "true", "weights_share": "0.5"},
+    "fracbits": {},
+    "fracbits by channel": {"granularity": "kernel", "prune": "true", "quantizer": "lsq"},
 }
 
 
@@ -44,8 +47,9 @@ def search(graph: Graph, method: str, batch: int, count: int) -> Plan:
         flat, parse_budgets("bitops=w4a4"), (2, 4, 8), trainer=trainer,
         progress=lambda label, done, total: labels.append(label),
     )  # fmt: skip
-    plan = load(method, METHODS[method])(problem)
-    assert problem.problems(precisions(plan)) == []
+    name = method.partition(" ")[0]
+    plan = load(name, METHODS[method])(problem)
+    assert plan_problems(problem, plan) == []
     assert labels
     assert all("nan" not in label for label in labels)
     return plan
