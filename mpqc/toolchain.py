@@ -183,7 +183,7 @@ def old_glibc(command: Sequence[str], target: Target, work: Path) -> list[str]:
 
 # What a library may ask the system for; everything else would be missing on some board.
 LIBRARIES = frozenset({
-    "libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2",
+    "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "ld-linux-x86-64.so.2",
     "ld-linux-aarch64.so.1", "ld-linux-armhf.so.3",
 })  # fmt: skip
 

@@ -68,7 +68,7 @@ def build(
             "-shared", str(CSRC / "cuda_runtime.c"), "model.c", "-o", "model.so", "-nostartfiles",
             "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
             "-Wl,--gc-sections", "-Wl,-s", *linker_layout(target),
-            *old_glibc(compiler, target, work), "-lpthread", "-ldl",
+            *_loader(compiler, target, work), "-lpthread",
         )  # fmt: skip
         check_library(work / "model.so", target)
         shutil.copyfile(work / "model.so", output)
@@ -78,6 +78,23 @@ def build(
     interface.write_text(header(program, memory, form, name), "utf-8")
     host = scratch_bytes(program, on_host(memory), 0, target)
     return Built(output, interface, None, len(weights.data), weights.shared, host, len(binary))
+
+
+# Version of dlopen and its kin before glibc 2.34 moved them into libc.so.6.
+_OLD_LOADER = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17"}
+
+
+def _loader(compiler: list[str], target: Target, work: Path) -> list[str]:
+    """Options that link dlopen, by its old name where the C library has moved it."""
+    threads = old_glibc(compiler, target, work)
+    if not threads:
+        return ["-ldl"]
+    version = _OLD_LOADER[target.arch]
+    names = ("dlopen", "dlsym", "dlclose", "dlerror")
+    lines = "".join(f'__asm__(".symver {name},{name}@{version}");\n' for name in names)
+    (work / "old_loader.h").write_text(lines, "utf-8")
+    return [*threads, "-include", "old_loader.h", "-Wl,--no-as-needed", "-l:libdl.so.2",
+            "-Wl,--as-needed"]  # fmt: skip
 
 
 def place_workspaces(

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -26,6 +27,7 @@ from mpqc.pipeline import Options
 from mpqc.program import plan_memory
 from mpqc.runtime import CompiledModel
 from mpqc.target import TARGETS, Target, gpu_capability
+from mpqc.toolchain import OLDEST_GLIBC
 from mpqc.verify import verify
 from tests.cuda.emulation import Emulator
 from tests.cuda.test_kernels import convolution
@@ -168,6 +170,19 @@ def test_graph_and_single_launches_agree(library: Path, monkeypatch: pytest.Monk
                 steps.step(index)
             for array, name in zip(steps.results, model.outputs, strict=True):
                 np.testing.assert_array_equal(array, expected[name])
+
+
+def test_the_library_for_a_jetson_loads_on_old_systems(tmp_path: Path, gpu: Emulator) -> None:
+    if shutil.which("aarch64-linux-gnu-gcc") is None:
+        pytest.skip("no aarch64-linux-gnu-gcc")
+    target = TARGETS["jetson-orin"]
+    program = lower(parse(RESIDUAL), target)
+    build(program, plan_memory(program), target, {"steps": []}, tmp_path / "model.so")
+    found = read_elf((tmp_path / "model.so").read_bytes())
+    assert found.machine_name == "aarch64"
+    assert found.glibc <= OLDEST_GLIBC
+    assert "libdl.so.2" in found.needed
+    assert gpu.sources
 
 
 def test_no_driver_is_said(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
