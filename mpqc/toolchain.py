@@ -183,7 +183,7 @@ def old_glibc(command: Sequence[str], target: Target, work: Path) -> list[str]:
 
 # What a library may ask the system for; everything else would be missing on some board.
 LIBRARIES = frozenset({
-    "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "ld-linux-x86-64.so.2",
+    "libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2",
     "ld-linux-aarch64.so.1", "ld-linux-armhf.so.3",
 })  # fmt: skip
 
@@ -216,7 +216,8 @@ def check_library(path: Path, target: Target) -> Elf:
         problems.append("it asks for an executable stack")
     if found.text_relocations:
         problems.append("its code has relocations (not position independent)")
-    foreign = sorted(set(found.needed) - LIBRARIES)
+    loader = {"libdl.so.2"} if target.cuda else set()  # which finds the GPU's driver
+    foreign = sorted(set(found.needed) - LIBRARIES - loader)
     if foreign:
         problems.append(f"it needs {', '.join(foreign)}")
     if found.glibc > OLDEST_GLIBC and target.arch != native().arch:
