@@ -544,7 +544,7 @@ def test_a_quantizer_that_no_layer_reads_computes_what_it_says(tmp_path: Path) -
     assert pipeline.read_model(path).kept == {}
     x = data(np.random.default_rng(0), (2, 3), np.float32(0.25), 8)
     four, none = np.array(4), np.float32(0)
-    shift = int_quant(np.float32([[0.3, -9, 0.13]]), np.float32(0.25), none, four, True, False,
+    shift = int_quant(np.array([[0.3, -9, 0.13]], np.float32), np.float32(0.25), none, four, True, False,
                       "ROUND")  # fmt: skip
     want = np.abs(int_quant(x, np.float32(0.25), none, four, True, False, "ROUND") + shift)
     np.testing.assert_array_equal(compiled(path, {"x": x})["y"], want)
