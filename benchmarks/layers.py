@@ -24,7 +24,7 @@ from benchmarks import report
 from benchmarks.builds import Recipe
 from benchmarks.clock import Clock
 from benchmarks.ort_avx2 import ISAS, use_isa
-from benchmarks.turns import take_turns
+from benchmarks.turns import TIMERS, take_turns
 from mpqc.errors import MpqcError
 from mpqc.graph import Precision
 
@@ -136,7 +136,13 @@ _MULTIPLY: Mapping[str, float] = {
 
 
 def measure(
-    name: str, widths: Sequence[str], recipe: Recipe, rounds: int, builds: Path, clock: Clock
+    name: str,
+    widths: Sequence[str],
+    recipe: Recipe,
+    rounds: int,
+    builds: Path,
+    clock: Clock,
+    timer: str = "wall",
 ) -> dict[str, Any]:
     """Times of one layer.
 
@@ -147,6 +153,7 @@ def measure(
         rounds: turns of each contestant.
         builds: folder that keeps compiled models.
         clock: looks at the clock now and then.
+        timer: of ``turns.TIMERS``.
     """
     import numpy as np
 
@@ -173,7 +180,7 @@ def measure(
                 # the last has no successor, the first reads floats: one between tells
                 record = compiled.manifest["layers"][length // 2]
                 kernels[width] = f"{record['kernel']} {record.get('variant') or ''}".strip()
-        times = take_turns(runs, rounds, clock)
+        times = take_turns(runs, rounds, clock, timer=timer)
     seconds = {}
     for contestant in (*OPPONENTS, *widths):
         alone = times[f"{contestant} 1"]
@@ -263,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--latencies", type=Path, help="table of mpqc profile to choose kernels by")
     parser.add_argument("--widths", default=WIDTHS)
     parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--timer", choices=TIMERS, default="wall", help="cpu: of one thread")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="document to update")
@@ -279,9 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in args.layers.split(","):
             print(name, file=sys.stderr)
             builds = args.output / "builds"
-            results.append(measure(name, widths, recipe, args.rounds, builds, clock))
+            results.append(measure(name, widths, recipe, args.rounds, builds, clock, args.timer))
         content = {
             "target": args.target, "ort_isa": args.ort_isa, "kernel": args.kernel, "threads": 1,
+            "timer": args.timer,
             "wide": find_target(args.target).vector_bits == 512, "hertz": clock.hertz,
             "widths": widths, "layers": results, "machine": machine(pipeline.versions()),
         }  # fmt: skip

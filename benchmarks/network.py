@@ -1,7 +1,8 @@
 """Whole networks against ONNX Runtime, float and int8 (QDQ, U8S8 per channel), in one process.
 
     python -m benchmarks.network [--model resnet18] [--target x86-64-v3] [--ort-isa avx2]
-        [--widths w1a1,w2a2] [--threads 1,2] [-o FOLDER] [--markdown docs/kernels.md]
+        [--widths w1a1,w2a2] [--threads 1,2] [--timer cpu] [-o FOLDER]
+        [--markdown docs/kernels.md]
 
 Every build and every session of ONNX Runtime runs in turn; the fastest run of each counts, medians
 are kept beside it. ``--ort-isa avx2`` has ONNX Runtime compute as on a processor without AVX-512
@@ -24,7 +25,7 @@ from benchmarks import report
 from benchmarks.builds import Recipe
 from benchmarks.clock import Clock
 from benchmarks.ort_avx2 import ISAS, use_isa
-from benchmarks.turns import REST, Time, take_turns
+from benchmarks.turns import REST, TIMERS, Time, take_turns
 from mpqc.errors import MpqcError
 from mpqc.graph import Precision
 
@@ -61,6 +62,7 @@ def measure(
     threads: Sequence[int],
     rounds: int,
     builds: Path,
+    timer: str = "wall",
 ) -> dict[str, Any]:
     """Time a network at all widths and thread counts beside ONNX Runtime.
 
@@ -71,6 +73,7 @@ def measure(
         threads: counts.
         rounds: turns of each contestant.
         builds: folder that keeps compiled models.
+        timer: of ``turns.TIMERS``.
     """
     from mpqc import pipeline
     from mpqc.bench import machine
@@ -93,12 +96,13 @@ def measure(
             compiled[width] = recipe.load(model, Precision.parse(width), feeds, builds, count)
             enter(width, compiled[width], count)
     clock = Clock()
-    times = take_turns(runs, rounds, clock, rest=REST)
+    times = take_turns(runs, rounds, clock, rest=REST, timer=timer)
     return {
         "model": model.stem,
         "target": recipe.target,
         "kernel": recipe.kernel,
         "hertz": clock.hertz,
+        "timer": timer,
         "macs": sum(layer["macs"] for layer in compiled[widths[0]].manifest["layers"]),
         "widths": list(widths),
         "threads": {str(count): _of(times, count) for count in threads},
@@ -165,7 +169,8 @@ def conditions(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     return (
         f"{machine['processor']} at {result['hertz'] / 1e9:.2f} GHz; target {result['target']}; "
-        f"ONNX Runtime {machine['measured_with']['onnxruntime']} on {isa}."
+        f"ONNX Runtime {machine['measured_with']['onnxruntime']} on {isa}"
+        + ("; CPU time of a thread on a busy machine." if result.get("timer") == "cpu" else ".")
     )
 
 
@@ -206,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--latencies", type=Path, help="table of mpqc profile to choose kernels by")
     parser.add_argument("--widths", default=WIDTHS)
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--timer", choices=TIMERS, default="wall", help="cpu: of one thread")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="document to update")
@@ -218,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = model_file(args.model, Path(folder))
             widths = args.widths.split(",")
             builds = args.output / "builds"
-            result = measure(model, widths, recipe, threads, args.rounds, builds)
+            result = measure(model, widths, recipe, threads, args.rounds, builds, args.timer)
         write({"ort_isa": args.ort_isa, **result}, args.output, args.markdown)
     except MpqcError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,28 @@ def test_contestants_take_turns_and_their_first_runs_do_not_count() -> None:
     assert (found["a"].best, found["a"].median, found["a"].runs) == (1, 2, 6)
     assert (found["b"].best, found["b"].median) == (5, 5)
     assert len(clock.seen) == 6
+
+
+def test_cpu_time_is_what_the_thread_computes() -> None:
+    needs("cc")
+    runs: dict[str, int] = {"sleeps": 0, "computes": 0}
+
+    def sleeps(repeat: int) -> list[float]:
+        runs["sleeps"] += repeat
+        time.sleep(0.02)
+        return [0.02] * repeat
+
+    def computes(repeat: int) -> list[float]:
+        runs["computes"] += repeat
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+        return [0.0] * repeat
+
+    found = take_turns({"sleeps": sleeps, "computes": computes}, 1, Clock(), 2, timer="cpu")
+    assert runs == {"sleeps": 3, "computes": 3}
+    assert found["sleeps"].best < 0.015
+    assert found["computes"].best >= 0.02
 
 
 def test_the_clock_is_one_of_a_processor() -> None:
