@@ -543,10 +543,9 @@ def test_a_quantizer_that_no_layer_reads_computes_what_it_says(tmp_path: Path) -
     path.write_bytes(content)
     assert pipeline.read_model(path).kept == {}
     x = data(np.random.default_rng(0), (2, 3), np.float32(0.25), 8)
-    four, none = np.array(4), np.float32(0)
-    shift = int_quant(np.array([[0.3, -9, 0.13]], np.float32), np.float32(0.25), none, four, True, False,
-                      "ROUND")  # fmt: skip
-    want = np.abs(int_quant(x, np.float32(0.25), none, four, True, False, "ROUND") + shift)
+    given = np.array([[0.3, -9, 0.13]], np.float32)
+    rule = (np.float32(0.25), np.float32(0), np.array(4), True, False, "ROUND")
+    want = np.abs(int_quant(x, *rule) + int_quant(given, *rule))
     np.testing.assert_array_equal(compiled(path, {"x": x})["y"], want)
 
 
