@@ -9,7 +9,7 @@ from mpqc.errors import BudgetError, EnvironmentLacks, UsageError
 from mpqc.search import load, methods
 from mpqc.search.testing import toy_problem
 
-TRAINED = ["alps", "ebs", "dnas"]
+TRAINED = ["alps", "ebs", "dnas", "fracbits"]
 
 
 @pytest.mark.parametrize("name", TRAINED)
