@@ -80,7 +80,8 @@ def test_probabilities_of_layers_that_share_an_input() -> None:
     for i, p in enumerate(main):
         for j, q in enumerate(shortcut):
             if p.activation == q.activation:
-                total[p, q] = float((made.logits["main"][i] + made.logits["shortcut"][j]).exp())
+                both = made.logits["main"][i] + made.logits["shortcut"][j]
+                total[p, q] = float(both.detach().exp())
     whole = sum(total.values())
     losses = made.losses()
     for i, p in enumerate(main):
