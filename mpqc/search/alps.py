@@ -49,9 +49,18 @@ class Alps(ScoreSearch):
 
         reference, found = measure(problem, self, levels)
         worse = 1.0 if self.metric == "train_loss" else -1.0
-        drops = {trial: max(0.0, worse * (value - reference)) for trial, value in found.items()}
+        drops = with_ties({t: max(0.0, worse * (v - reference)) for t, v in found.items()})
         unit = "loss" if self.metric == "train_loss" else "accuracy"
         return Scores(losses_of(problem, levels, drops), f"{unit} lost in {self.epochs:g} epochs")
+
+
+def with_ties(drops: "dict[Trial, float]") -> "dict[Trial, float]":
+    """Of groups that lose the same, the wider one is better: what fits the budget is used.
+
+    What is added is a ten-thousandth of the greatest drop and falls as the noise of rounding.
+    """
+    tie = 1e-4 * (max(drops.values(), default=0.0) or 1.0)
+    return {(group, bits): drop + tie * 4.0**-bits for (group, bits), drop in drops.items()}
 
 
 Levels = dict[tuple[str, ...], dict[int, dict[str, Precision]]]

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
 from mpqc.errors import UsageError
 from mpqc.graph import Precision
 from mpqc.search import load, precisions
-from mpqc.search.alps import Alps, group_levels, losses_of
+from mpqc.search.alps import Alps, group_levels, losses_of, widest, with_ties
 from mpqc.search.constraints import Constraints
 from mpqc.search.problem import Problem
 from mpqc.search.solve import solve
@@ -133,6 +133,15 @@ def test_pinned_layers_are_not_tried() -> None:
     assert {"main", "shortcut", "pointwise"} == set(tied)
     assert all(row["main"] == row["pointwise"] for row in levels[tied].values())
     assert set(toy_graph().constants)
+
+
+def test_groups_that_lose_nothing_use_the_budget() -> None:
+    asked = between(problem(), {"bitops": 1.0})
+    levels = group_levels(asked)
+    trials = {(group, 2): 0.0 for group, rows in levels.items() if len(rows) > 1}
+    assert solve(asked, losses_of(asked, levels, with_ties(trials))) == widest(levels)
+    some = with_ties(trials | {(("depthwise",), 2): 0.01})
+    assert 0.01 < some[("depthwise",), 2] < 0.010001
 
 
 def test_options_are_checked() -> None:

@@ -1,0 +1,293 @@
+"""Search methods at equal budgets, every plan fine-tuned by one recipe: accuracy as compiled.
+
+    python -m benchmarks.train_search MODEL --train train.npz --test test.npz [--preprocess p.toml]
+        [--methods uniform,eagl,alps,dnas,ebs,fracbits] [--budgets bitops=w2a2,size=w2a2,...]
+        [--epochs 20] [--tune 60] [--seeds 0,1,2] [--device cuda] [--jobs 2] [--reduced]
+        [-o FOLDER] [--markdown docs/train/results.md]
+
+All start from the same float model and see the same training samples. A point is a search and the
+fine-tuning of its plan; accuracy is of the trained integers on all test pictures. Points go through
+joblib (``--jobs``, ``--backend``), and each is a file as soon as it is measured: a second run goes
+on where the first stopped. ``--reduced`` is for CPUs: less of everything, and it says so. Writes
+train_search.json, a plot, and a table into the section ``<!-- train_search MODEL -->``.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from mpqc.errors import BudgetError, MpqcError
+
+METHODS = "uniform,eagl,progressive,alps,dnas,ebs,fracbits"
+BUDGETS = "bitops=w2a2,bitops=w3a3,bitops=w4a4,size=w2a2,size=w3a3,size=w4a4"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all points share.
+
+    Attributes:
+        model: float ONNX file.
+        train: training samples, with labels or without.
+        test: labelled pictures.
+        preprocess: of both.
+        widths: candidates.
+        epochs: of a search.
+        tune: epochs of the fine-tuning.
+        lr: of both, of weights and of steps.
+        samples: of the training data, at most.
+        images: of the test pictures, at most.
+        augment: as ``mpqc finetune --augment``.
+        batch_size: samples of a step.
+        device: to train on.
+        folder: for points and measurements.
+    """
+
+    model: Path
+    train: Path
+    test: Path
+    preprocess: Path | None
+    widths: str
+    epochs: float
+    tune: float
+    lr: float
+    samples: int | None
+    images: int | None
+    augment: str
+    batch_size: int
+    device: str
+    folder: Path
+
+    def file(self, task: "Task") -> Path:
+        """Where a point is kept."""
+        parts = {k: str(v) for k, v in asdict(self).items() if k not in ("folder", "device")}
+        digest = sha256(repr((sorted(parts.items()), task)).encode()).hexdigest()[:16]
+        return self.folder / "points" / f"{digest}.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One search and one fine-tuning."""
+
+    method: str
+    budget: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """How good a plan is.
+
+    Attributes:
+        method: that found it.
+        budget: as asked for.
+        seed: of search and fine-tuning.
+        cost: objective -> of the plan, with its limit under ``limit``.
+        widths: of its layers, in order.
+        before: accuracy rounded without training.
+        accuracy: after fine-tuning, of the integers; None: no plan fits.
+        search_s: seconds of the search, with what was in the cache.
+        tune_s: seconds of the fine-tuning.
+    """
+
+    method: str
+    budget: str
+    seed: int
+    cost: Mapping[str, float]
+    widths: tuple[str, ...]
+    before: float | None
+    accuracy: float | None
+    search_s: float
+    tune_s: float
+
+
+def measure(setting: Setting, task: Task) -> Point:
+    """Search, fine-tune, judge."""
+    from mpqc.cli_finetune import parse_augment
+    from mpqc.search import precisions, search_plan
+    from mpqc.train.loop import Recipe
+    from mpqc.train.trainer import PlanTrainer
+
+    def trainer(epochs: float, judge: bool) -> Any:
+        recipe = Recipe(
+            epochs=epochs, batch_size=setting.batch_size, lr=setting.lr,
+            step_lr=min(setting.lr, Recipe.step_lr), augment=parse_augment(setting.augment),
+            seed=task.seed,
+        )  # fmt: skip
+        made = PlanTrainer.open(
+            setting.model, setting.train, validate=setting.test if judge else None,
+            preprocess=setting.preprocess, recipe=recipe, device=setting.device,
+            max_samples=setting.samples,
+        )  # fmt: skip
+        if judge:  # searches never see the test pictures
+            made.held = replace(made.held, chosen=made.held.chosen[: setting.images])
+        return made
+
+    start = time.perf_counter()
+    hunter = trainer(setting.epochs, judge=False)
+    try:
+        found = search_plan(
+            setting.model,
+            method=task.method,
+            budgets=task.budget,
+            data=hunter.data,
+            widths=setting.widths.split(","),
+            trainer=hunter,
+            seed=task.seed,
+            cache=setting.folder / "cache",
+        )
+    except BudgetError:
+        return Point(task.method, task.budget, task.seed, {}, (), None, None, 0.0, 0.0)
+    searched = time.perf_counter()
+    widths = precisions(found.plan)
+    tuner = trainer(setting.tune, judge=True)
+    network = tuner.network(tuner.plan(widths))
+    before = tuner.measure(network)
+    tuner.fit(network, setting.tune)
+    after = tuner.measure(network)
+    (limit,) = found.problem.budgets.values()
+    return Point(
+        task.method, task.budget, task.seed, found.problem.total(widths) | {"limit": limit},
+        tuple(map(str, widths.values())), before, after,
+        round(searched - start, 1), round(time.perf_counter() - searched, 1),
+    )  # fmt: skip
+
+
+def keep(path: Path, point: Point) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".half")
+    half.write_text(json.dumps(asdict(point)), "utf-8")
+    half.replace(path)
+
+
+def load(path: Path) -> Point:
+    """What ``keep`` wrote."""
+    kept = json.loads(path.read_text("utf-8"))
+    return Point(**kept | {"widths": tuple(kept["widths"])})
+
+
+def table(points: Sequence[Point]) -> str:
+    """A row a method and budget, means over seeds."""
+    rows = []
+    for method, budget in dict.fromkeys((p.method, p.budget) for p in points):
+        here = [p for p in points if (p.method, p.budget) == (method, budget)]
+        good = [p for p in here if p.accuracy is not None]
+        if not good:
+            rows.append([method, budget, "no plan fits", "", "", "", "", ""])
+            continue
+        untrained = statistics.fmean(100 * (p.before or 0) for p in good)
+        found = [100 * (p.accuracy or 0) for p in good]
+        spread = f" ± {statistics.stdev(found):.1f}" if len(good) > 1 else ""
+        rows.append([
+            method, budget, f"{statistics.fmean(found):.1f}{spread}", f"{untrained:.1f}",
+            f"{statistics.fmean(p.cost['bitops'] for p in good) / 1e6:.0f}",
+            f"{statistics.fmean(p.cost['size'] for p in good) / 1e3:.1f}",
+            f"{statistics.fmean(p.search_s for p in good):.0f}",
+            f"{statistics.fmean(p.tune_s for p in good):.0f}",
+        ])  # fmt: skip
+    head = ["method", "budget", "top-1 [%]", "untrained [%]", "MBitOPs", "weights [kB]",
+            "search [s]", "fine-tuning [s]"]  # fmt: skip
+    return report.table(head, rows)
+
+
+def plot(points: Sequence[Point], title: str, path: Path) -> None:
+    """Accuracy of each method at each budget; nothing where matplotlib is missing."""
+    groups = list(dict.fromkeys(p.budget for p in points))
+    values = {}
+    for method in dict.fromkeys(p.method for p in points):
+        row = {p.budget: 100 * (p.accuracy or 0) for p in points if p.method == method}
+        values[method] = [row.get(budget, 0.0) for budget in groups]
+    if values:
+        report.bars(path, groups, values, f"top-1 [%], {title}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--preprocess", type=Path)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--budgets", default=BUDGETS)
+    parser.add_argument("--widths", default="1,2,3,4,5,6")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--tune", type=float, default=60)
+    parser.add_argument("--lr", type=float, default=0.005)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--augment", default="flip,crop=4")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--backend")
+    parser.add_argument("--reduced", action="store_true", help="1000 samples, 500 pictures, 1 seed")
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/train_search"))
+    parser.add_argument("--markdown", type=Path)
+    given = parser.parse_args(arguments)
+    if given.reduced:
+        given.samples, given.images, given.seeds = 1000, 500, given.seeds.partition(",")[0]
+        given.epochs, given.tune, given.lr = 1.0, 1.0, 0.001
+        given.augment, given.batch_size = "none", 25
+    setting = Setting(
+        given.model, given.train, given.test, given.preprocess, given.widths, given.epochs,
+        given.tune, given.lr, given.samples, given.images, given.augment, given.batch_size,
+        given.device, given.output,
+    )  # fmt: skip
+    tasks = [
+        Task(method, budget, int(seed))
+        for budget in given.budgets.split(",")
+        for method in given.methods.split(",")
+        for seed in given.seeds.split(",")
+    ]
+    try:
+        points = run(setting, tasks, given.backend, given.jobs)
+    except MpqcError as error:
+        print(error, file=sys.stderr)
+        return 2
+    note = f"{len(given.seeds.split(','))} seed(s), {given.tune:g} epochs of fine-tuning"
+    if given.reduced:
+        note += (
+            f", REDUCED: {given.samples} training samples, {given.images} test pictures, "
+            f"{given.epochs:g} epochs of search"
+        )
+    text = f"{note}\n\n{table(points)}"
+    print(text)
+    report.save(
+        given.output / "train_search.json",
+        {"setting": {k: str(v) for k, v in asdict(setting).items()},
+         "reduced": given.reduced, "points": [asdict(point) for point in points]},
+    )  # fmt: skip
+    plot(points, given.model.stem, given.output / "train_search.png")
+    if given.markdown:
+        report.replace_section(given.markdown, f"train_search {given.model.stem}", text)
+    return 0
+
+
+def run(
+    setting: Setting, tasks: Sequence[Task], backend: str | None = None, jobs: int | None = None
+) -> list[Point]:
+    """All points, from files where they were measured before."""
+    from mpqc.parallel import each, using
+
+    missing = [task for task in tasks if not setting.file(task).exists()]
+    with using(backend, jobs):
+        for number, point in each(measure, setting, missing):
+            keep(setting.file(missing[number]), point)
+            share = "no plan" if point.accuracy is None else f"{100 * point.accuracy:.2f} %"
+            print(f"{point.method} {point.budget}: {share}", file=sys.stderr, flush=True)
+    return [load(setting.file(task)) for task in tasks]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

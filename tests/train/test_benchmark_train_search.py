@@ -1,0 +1,46 @@
+"""The benchmark of searches that train, on the demo model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
+
+from benchmarks import train_search
+
+Files = tuple[Path, Path, Path]
+
+
+def test_a_table_that_a_second_run_only_reads(
+    demo: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, train, test = map(str, demo)
+    document = tmp_path / "results.md"
+    name = f"train_search {demo[0].stem}"
+    document.write_text(f"<!-- {name} -->\n<!-- end {name} -->\n")
+    words = [model, "--train", train, "--test", test, "--methods", "uniform,eagl", "--budgets",
+             "bitops=w3a3", "--reduced", "-o", str(tmp_path / "out"),
+             "--markdown", str(document)]  # fmt: skip
+    assert train_search.main(words) == 0
+    found = json.loads((tmp_path / "out/train_search.json").read_text())
+    assert found["reduced"]
+    assert [point["method"] for point in found["points"]] == ["uniform", "eagl"]
+    for point in found["points"]:
+        assert point["cost"]["bitops"] <= point["cost"]["limit"]
+        assert point["accuracy"] > 0.9
+    assert "REDUCED: 1000 training samples" in document.read_text()
+    assert "| uniform | bitops=w3a3 |" in document.read_text()
+    assert (tmp_path / "out/train_search.png").exists()
+    monkeypatch.setattr(train_search, "measure", None)
+    assert train_search.main(words) == 0
+    assert json.loads((tmp_path / "out/train_search.json").read_text()) == found
+
+
+def test_budgets_that_nothing_keeps_are_rows_too(demo: Files, tmp_path: Path) -> None:
+    model, train, test = map(str, demo)
+    words = [model, "--train", train, "--test", test, "--methods", "uniform", "--budgets",
+             "size=1B", "--reduced", "-o", str(tmp_path)]  # fmt: skip
+    assert train_search.main(words) == 0
+    (point,) = json.loads((tmp_path / "train_search.json").read_text())["points"]
+    assert point["accuracy"] is None
