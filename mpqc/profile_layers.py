@@ -96,6 +96,7 @@ class LocalRunner:
                 and time.perf_counter() - start < LEAST_SECONDS * len(contestants)
             ):
                 for contestant in contestants:
+                    contestant.run()  # brings its data back into the caches
                     contestant.run(record=True)
                 passes += 1
             return [contestant.times() for contestant in contestants]

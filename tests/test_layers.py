@@ -29,6 +29,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "mpqc/build_relax.py",
         "mpqc/compute.py",
         "mpqc/compute_winograd.py",
+        "mpqc/cuda/",
         "mpqc/float_compute.py",
         "mpqc/float_math.py",
         "mpqc/kernels.py",

@@ -148,6 +148,8 @@ static int64_t now(void) {
 
 static void measure(struct model* m) {
   int64_t* steps = m->step_times + (size_t)m->passes * (size_t)m->steps;
+  /* the models take turns: this one's data come back into the caches first */
+  check(m, m->run(m->instance, (const void* const*)m->input, NULL, m->output, NULL), "run");
   check(m, m->bind(m->instance, (const void* const*)m->input, m->output), "bind");
   for (int i = 0; i < m->steps; i++) {
     int64_t start = now();
