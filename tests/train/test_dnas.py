@@ -86,7 +86,7 @@ def test_probabilities_of_layers_that_share_an_input() -> None:
     losses = made.losses()
     for i, p in enumerate(main):
         share = sum(value for (one, _), value in total.items() if one == p) / whole
-        assert float(made.masks["main"][i]) == pytest.approx(share, rel=1e-4)
+        assert float(made.masks["main"][i].detach()) == pytest.approx(share, rel=1e-4)
     for (p, q), value in total.items():
         together = losses["main"][p] + losses["shortcut"][q]
         assert together == pytest.approx(-float(torch.tensor(value / whole).log()), rel=1e-4)
