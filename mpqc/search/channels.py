@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mpqc.budget import show
 from mpqc.errors import PlanError
 from mpqc.graph import Array, Precision
 from mpqc.passes.find_layers import Layer
@@ -57,7 +58,7 @@ def plan_problems(problem: Problem, plan: Plan) -> list[str]:
     if found:
         return found
     return [
-        f"{objective} is {cost:.6g}, the budget is {limit:.6g}"
+        f"{objective} is {show(objective, cost)}, the budget is {show(objective, limit)}"
         for objective, limit in problem.budgets.items()
         if (cost := plan_cost(problem, plan, objective)) > limit
     ]
