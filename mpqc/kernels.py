@@ -323,9 +323,13 @@ def winograd_tile(layer: Layer, target: Target, instruction: str) -> Tile:
 
 
 def winograd_patch(layer: Layer, tile: Tile) -> tuple[int, int]:
-    """Rows and columns of 2x2 tiles whose products lie in cache together."""
+    """Rows and columns of 2x2 tiles whose products lie in cache together.
+
+    Weights that stay in L1 anyway need no large patch: it would only be working memory.
+    """
     rows, columns = compute_winograd.tiles(layer.window)
-    most = max(1, PATCH // tile.block)
+    stay = 16 * layer.group_in * layer.out_channels <= _WEIGHTS_IN_L1
+    most = max(1, (PATCH // 4 if stay else PATCH) // tile.block)
     abreast = tile.pixels * largest_divisor(columns // tile.pixels, max(1, most // tile.pixels))
     return (largest_divisor(rows, max(1, most // abreast)) if abreast == columns else 1), abreast
 

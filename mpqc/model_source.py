@@ -86,14 +86,19 @@ class Workspace:
 
 def place_workspaces(
     program: Program, memory: MemoryPlan, needs: Mapping[str, Workspace]
-) -> tuple[MemoryPlan, list[tuple[int, int]]]:
-    """An arena that holds the kernels' own memory too, and (offset, size) of every step's."""
+) -> tuple[MemoryPlan, list[tuple[int, Workspace]]]:
+    """An arena that holds the kernels' own memory too, and the offset of every step's.
+
+    It has what a kernel wants once and what the first thread wants in its loops, one behind the
+    other; further threads bring their own.
+    """
     places, size = [], memory.size
     for index, step in enumerate(program.steps):
-        need = needs[step.kernel].once
-        place = free_place(program, memory, index, need) if need else 0
+        need = needs[step.kernel]
+        total = need.once + need.thread
+        place = free_place(program, memory, index, total) if total else 0
         places.append((place, need))
-        size = max(size, place + need)
+        size = max(size, place + total)
     return replace(memory, size=size), places
 
 
@@ -184,22 +189,25 @@ def sizes_header(
 
 def scratch_expression(program: Program, memory: MemoryPlan, workspace: int) -> str:
     """Bytes of an instance as a C expression of ``threads``; runtime.c divides them the same."""
-    fixed, each = _scratch_parts(memory, workspace)
+    fixed, each, more = _scratch_parts(memory, workspace)
     buffers = len(program.inputs) + len(program.outputs)
     pointers = f"(sizeof(void*) * {buffers} + 63) / 64 * 64"
-    return f"((size_t){fixed} + {pointers} + (size_t){each} * (size_t)(threads))"
+    return (
+        f"((size_t){fixed} + {pointers} + (size_t){each} * (size_t)(threads)"
+        f" + (size_t){more} * (size_t)((threads)-1))"
+    )
 
 
 def scratch_bytes(program: Program, memory: MemoryPlan, workspace: int, target: Target) -> int:
     """The same for an instance of one thread."""
     pointer = 4 if target.arch == "armv7" else 8
     pointers = -(-pointer * (len(program.inputs) + len(program.outputs)) // 64) * 64
-    return sum(_scratch_parts(memory, workspace)) + pointers
+    return sum(_scratch_parts(memory, workspace)[:2]) + pointers
 
 
-def _scratch_parts(memory: MemoryPlan, workspace: int) -> tuple[int, int]:
-    """Of the instance, and of each thread."""
-    return INSTANCE_BYTES + _whole_lines(memory.size), WORKER_BYTES + _whole_lines(workspace)
+def _scratch_parts(memory: MemoryPlan, workspace: int) -> tuple[int, int, int]:
+    """Of the instance, of each thread, and of each but the first."""
+    return INSTANCE_BYTES + _whole_lines(memory.size), WORKER_BYTES, _whole_lines(workspace)
 
 
 def _whole_lines(size: int) -> int:
@@ -261,7 +269,7 @@ def _comment(text: str) -> str:
 def model_source(
     program: Program,
     memory: MemoryPlan,
-    workspaces: Sequence[tuple[int, int]],
+    workspaces: Sequence[tuple[int, Workspace]],
     weights: Weights,
     target: Target,
     manifest: Mapping[str, Any],
@@ -289,8 +297,8 @@ def model_source(
     results = {name: program.root(buffer) for name, buffer in program.results.items()}
     lines += [
         f"const int mpqc_steps_n = {len(program.steps)};",
-        "const size_t mpqc_workspaces[][2] = {"
-        + (", ".join(f"{{{place}, {size}}}" for place, size in workspaces) or "{0}")
+        "const size_t mpqc_workspaces[][3] = {"
+        + (", ".join(f"{{{at}, {need.once}, {need.thread}}}" for at, need in workspaces) or "{0}")
         + "};",
         *tensor_table("input", program.inputs, [places[name] for name in program.inputs]),
         *tensor_table("output", program.outputs, [places[results[n]] for n in program.outputs]),

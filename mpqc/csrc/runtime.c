@@ -311,7 +311,8 @@ int mpqc_create_in(int threads, void* scratch, size_t bytes, mpqc_model** result
   m->threads = threads;
   for (int i = 0; i < threads; i++) {
     m->workers[i].model = m;
-    m->workers[i].pool.start = place + MPQC_WORKSPACE_BYTES * (size_t)i;
+    if (i == 0) continue; /* its pool is in the arena, see step */
+    m->workers[i].pool.start = place + MPQC_WORKSPACE_BYTES * (size_t)(i - 1);
     m->workers[i].pool.size = MPQC_WORKSPACE_BYTES;
   }
 #ifndef MPQC_NO_THREADS
@@ -390,7 +391,9 @@ static int step(mpqc_model* m, int index) {
   for (int i = 0; i < mpqc_inputs_n && index == 0; i++)
     if (mpqc_inputs[i].bytes)
       memcpy(m->arena + mpqc_input_offsets[i], m->sources[i], mpqc_inputs[i].bytes);
-  m->pool = (struct pool){m->arena + mpqc_workspaces[index][0], mpqc_workspaces[index][1], 0};
+  const size_t* space = mpqc_workspaces[index];
+  m->pool = (struct pool){m->arena + space[0], space[1], 0};
+  m->workers[0].pool = (struct pool){m->arena + space[0] + space[1], space[2], 0};
   if (mpqc_call_step(index, m->arena)) return MPQC_KERNEL_FAILED;
   for (int i = 0; i < mpqc_outputs_n && index == mpqc_steps_n - 1; i++)
     if (mpqc_outputs[i].bytes)
