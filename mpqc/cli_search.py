@@ -23,7 +23,6 @@ from mpqc.cli_options import (
     parse_dims,
 )
 from mpqc.errors import UsageError
-from mpqc.parallel import using
 
 if TYPE_CHECKING:
     from mpqc.forecast import Expectation
@@ -160,6 +159,7 @@ def search(
     from mpqc.artifact import check_output
     from mpqc.budget import parse_budgets
     from mpqc.graph import Precision
+    from mpqc.parallel import using
     from mpqc.search import CostFunction, default_cache, report, search_plan
 
     for path in filter(None, (output, scores_csv, scores_png)):

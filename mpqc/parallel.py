@@ -1,8 +1,8 @@
 """Independent trials through joblib: one process, several, or a cluster, as joblib is told.
 
-with using("dask", jobs=8):          # or joblib.parallel_config(...), which also works
-for number, result in each(work, shared, items):
-keep(result)                 # as soon as it is there, in any order
+    with using("dask", jobs=8):  # or joblib.parallel_config(...), which also works
+        for number, result in each(work, shared, items):
+            keep(result)  # as soon as it is there, in any order
 """
 
 import hashlib
