@@ -1,8 +1,10 @@
 """Independent trials through joblib: one process, several, or a cluster, as joblib is told.
 
-    with using("dask", jobs=8):  # or joblib.parallel_config(...), which also works
+    with using("dask", jobs=8):  # joblib.parallel_config(...) works too
         for number, result in each(work, shared, items):
-            keep(result)  # as soon as it is there, in any order
+            keep(result)
+
+Results come as soon as they are there, in any order.
 """
 
 import hashlib
