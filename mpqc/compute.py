@@ -217,8 +217,9 @@ def lut_conv(
     ``lut_intrinsics`` puts in its place.
 
     Args:
-        rows: uint8 [N * H * W * C/4, 16], tables of the padded image; entries fit: a <= 6.
-        weight: uint8 [O/B, J, KH, taps, run, B], nibbles of plane j; a run is the adjacent
+        rows: uint8 [S * N * H * W * C/S/4, 16], tables of the padded image, one slice of its
+            channels after the other; entries fit: a <= 6.
+        weight: uint8 [O/B, J, S, KH, taps, run, B], nibbles of plane j; a run is the adjacent
             tables of a window row.
         window: geometry.
         image: (N, H, W, tables of a pixel).
@@ -230,19 +231,19 @@ def lut_conv(
     Returns:
         int32 [N, OH, OW, O/B, B].
     """
-    _, height, width, tables = image
-    blocks, j_bits, kh, taps, run, lanes = (int(extent) for extent in weight.shape)
+    batch, height, width, tables = image
+    blocks, j_bits, slices, kh, taps, run, lanes = (int(extent) for extent in weight.shape)
     t = te.reduce_axis((0, chunk), "t")
 
     def part_of(n: Expr, y: Expr, x: Expr, o: Expr, j: Expr, *rest: Expr) -> Expr:
-        ky, kx, c, lane = rest
+        s, ky, kx, c, lane = rest
         r = c * chunk + t
-        line = (n * height + y * window.sy + ky * window.dy) * width
-        row = (line + x * window.sx + kx * window.dx) * tables + r
-        return te.sum(_looked_up(rows, row, weight[o, j, ky, kx, r, lane]), axis=[t])
+        line = ((s * batch + n) * height + y * window.sy + ky * window.dy) * width
+        row = (line + x * window.sx + kx * window.dx) * (tables // slices) + r
+        return te.sum(_looked_up(rows, row, weight[o, j, s, ky, kx, r, lane]), axis=[t])
 
     part = te.compute(
-        (window.n, window.oh, window.ow, blocks, j_bits, kh, taps, run // chunk, lanes),
+        (window.n, window.oh, window.ow, blocks, j_bits, slices, kh, taps, run // chunk, lanes),
         part_of,
         name="part",
     )
@@ -259,8 +260,10 @@ def _looked_up(rows: te.Tensor, row: Expr, nibble: Expr) -> Expr:
 
 
 def _weigh_planes(part: te.Tensor, negative_top: bool, pair_dtype: str, vector: int) -> te.Tensor:
-    """Sum uint8 [N, OH, OW, O/B, J, KH, taps, chunks, B] over the window, then the planes."""
-    n, oh, ow, blocks, j_bits, kh, taps, chunks, lanes = (int(extent) for extent in part.shape)
+    """Sum uint8 [N, OH, OW, O/B, J, S, KH, taps, chunks, B] over the window, then the planes."""
+    n, oh, ow, blocks, j_bits, slices, *window, lanes = (int(extent) for extent in part.shape)
+    kh, taps, chunks = window
+    s = te.reduce_axis((0, slices), "s")
     ky = te.reduce_axis((0, kh), "ky")
     kx = te.reduce_axis((0, taps), "kx")
     c = te.reduce_axis((0, chunks), "c")
@@ -271,8 +274,8 @@ def _weigh_planes(part: te.Tensor, negative_top: bool, pair_dtype: str, vector: 
         lane = rest[-1]
         if vector:
             lane = lane * 2 + rest[-2] + (rest[-3] * vector if vectors else 0)
-        byte = part[n, y, x, o, rest[0] if planes else 0, ky, kx, c, lane]
-        return te.sum(byte.astype(pair_dtype), axis=[ky, kx, c])
+        byte = part[n, y, x, o, rest[0] if planes else 0, s, ky, kx, c, lane]
+        return te.sum(byte.astype(pair_dtype), axis=[s, ky, kx, c])
 
     order = (*vectors, 2, half) if vector else (lanes,)
     pair = te.compute((n, oh, ow, blocks, *planes, *order), sum_of, name="pair")
@@ -317,7 +320,7 @@ def lut_pair_conv(
     """``lut_conv`` for codes of one bit: two neighbouring output pixels in a byte, half each.
 
     Args:
-        rows: uint8 [N * H * W * C/4, 16]; an entry is that of a pixel plus 16 times that of the
+        rows: uint8 [S * N * H * W * C/S/4, 16]; an entry is that of a pixel plus 16 times that of the
             pixel ``window.sx`` to the right.
         weight: as for ``lut_conv``, and so are the others.
         window: geometry.
@@ -327,20 +330,21 @@ def lut_pair_conv(
         pair_dtype: of the sum over all K of one plane.
         vector: bytes of which the even ones are the first half of their channels; 0: in order.
     """
-    _, height, width, tables = image
-    blocks, j_bits, kh, taps, run, lanes = (int(extent) for extent in weight.shape)
+    batch, height, width, tables = image
+    blocks, j_bits, slices, kh, taps, run, lanes = (int(extent) for extent in weight.shape)
     steps = chunk // NIBBLE_STEPS
     t = te.reduce_axis((0, NIBBLE_STEPS), "t")
 
     def part_of(n: Expr, y: Expr, x: Expr, o: Expr, j: Expr, *rest: Expr) -> Expr:
-        ky, kx, c, g, lane = rest
+        s, ky, kx, c, g, lane = rest
         r = c * chunk + g * NIBBLE_STEPS + t
-        line = (n * height + y * window.sy + ky * window.dy) * width
-        row = (line + x * (2 * window.sx) + kx * window.dx) * tables + r
-        return te.sum(_looked_up(rows, row, weight[o, j, ky, kx, r, lane]), axis=[t])
+        line = ((s * batch + n) * height + y * window.sy + ky * window.dy) * width
+        row = (line + x * (2 * window.sx) + kx * window.dx) * (tables // slices) + r
+        return te.sum(_looked_up(rows, row, weight[o, j, s, ky, kx, r, lane]), axis=[t])
 
+    reduction = (slices, kh, taps, run // chunk)
     part = te.compute(
-        (window.n, window.oh, window.ow // 2, blocks, j_bits, kh, taps, run // chunk, steps, lanes),
+        (window.n, window.oh, window.ow // 2, blocks, j_bits, *reduction, steps, lanes),
         part_of,
         name="part",
     )
@@ -348,12 +352,12 @@ def lut_pair_conv(
     low = tirx.const(15, "uint8")
 
     def half_of(n: Expr, y: Expr, x: Expr, o: Expr, j: Expr, *rest: Expr) -> Expr:
-        ky, kx, c, lane = rest
-        both = part[n, y, x // 2, o, j, ky, kx, c, g, lane]
+        *place, lane = rest
+        both = part[n, y, x // 2, o, j, *place, g, lane]
         return te.sum((both >> (x % 2 * 4).astype("uint8")) & low, axis=[g])
 
     half = te.compute(
-        (window.n, window.oh, window.ow, blocks, j_bits, kh, taps, run // chunk, lanes),
+        (window.n, window.oh, window.ow, blocks, j_bits, *reduction, lanes),
         half_of,
         name="half",
     )

@@ -240,6 +240,9 @@ PAIRS = "-pairs"  # behind the instruction of the lookup kernel that sums pairs 
 WINOGRAD = "winograd-"  # before the instruction, in the names of variants
 _REGISTERS = {512: 26, 256: 12}  # accumulators, with some left for operands
 _WEIGHTS_IN_L1 = 24 << 10  # bytes, which leave room for tables
+_TABLES_IN_L1 = 22 << 10  # bytes, which leave room for weights and sums
+_SLICED = 64 << 10  # bytes of tables and weights of a window, from which on slices are faster
+SLICE = 64  # channels of a slice
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
 
 
@@ -451,6 +454,31 @@ def pairs_pixels(layer: Layer, arch: str) -> bool:
     )
 
 
+def lut_slices(layer: Layer, arch: str) -> int:
+    """Slices of the channels that the lookup kernel takes one after the other; 1: all at once.
+
+    Where a window's tables and the weights of a block overflow L1, rows of the output share what
+    is there of both (``lut_rows``).
+    """
+    w, channels = layer.image[2:]
+    whole = channels % SLICE == 0 and table_script.adds(channels)
+    if arch != "x86_64" or not whole or layer.window.kh == 1 or layer.taps > 1:
+        return 1
+    if pairs_pixels(layer, arch) and layer.run_pixels * SLICE // 4 % compute.NIBBLE_STEPS:
+        return 1
+    window = (layer.window.kh * w + _LUT_LANES) * channels // 4 * 16
+    return channels // SLICE if window > _SLICED and lut_rows(layer, 2) > 1 else 1
+
+
+def lut_rows(layer: Layer, slices: int) -> int:
+    """Rows of the output whose tables of one slice lie in L1 together."""
+    if slices == 1:
+        return 1
+    window = layer.window
+    rows = _TABLES_IN_L1 // (layer.image[2] * SLICE // 4 * 16)
+    return largest_divisor(window.oh, max(1, (rows - window.kh) // window.sy + 1))
+
+
 def lut_instruction(layer: Layer, tile: Tile, target: Target) -> str:
     """What the lookup kernel runs on."""
     name = lookup_of(target.arch, tile.lanes)
@@ -480,16 +508,19 @@ def lut_kernel(
 ) -> Kernel:
     """Lookup kernel; ``instruction`` as ``lut_instruction`` names it.
 
-    Arguments: rows, weight [O/B, J, KH, taps, run, B] in the order of ``lut_vector``, [correction],
-    [sums], operands; outputs.
+    Arguments: rows, weight [O/B, J, S, KH, taps, run, B] in the order of ``lut_vector``,
+    [correction], [sums], operands; outputs.
     """
     window, image = layer.window, lut_image(layer)
-    run = layer.run_pixels * image[3]
+    slices = lut_slices(layer, "x86_64" if instruction.startswith("vp") else "")
+    run = layer.run_pixels * image[3] // slices
     top = 2**layer.activation_bits - 1
     rows = te.placeholder((prod(image), 16), "uint8", "rows")
     blocks = -(-layer.out_channels // tile.block)
     weight = te.placeholder(
-        (blocks, layer.weight_bits, window.kh, layer.taps, run, tile.block), "uint8", "weight"
+        (blocks, layer.weight_bits, slices, window.kh, layer.taps, run, tile.block),
+        "uint8",
+        "weight",
     )
     halves, shuffle = instruction.endswith(PAIRS), instruction.removesuffix(PAIRS)
     steps = compute.NIBBLE_STEPS if halves else 1
@@ -511,19 +542,23 @@ def lut_kernel(
         results,
         lambda sch: conv_cpu.lut_conv(
             sch, tile, layer.out_channels, names, instruction=shuffle, halves=halves,
-            evens=lut_vector(layer, tile, instruction) > 0, threads=_threads(layer),
+            evens=lut_vector(layer, tile, instruction) > 0, rows=lut_rows(layer, slices),
+            threads=_threads(layer),
         ),
         instruction,
     )  # fmt: skip
 
 
-def expand_kernel(pixels: int, channels: int, arch: str = "", beside: int = 0) -> Kernel:
-    """Codes [pixels * channels] -> tables [pixels * ceil(channels/4), 16].
+def expand_kernel(
+    pixels: int, channels: int, arch: str = "", beside: int = 0, slices: int = 1
+) -> Kernel:
+    """Codes [pixels * channels] -> tables [slices * pixels * ceil(channels/slices/4), 16].
 
     ``beside``: pixels to the right of which each entry holds 16 times that pixel's; 0: none.
     """
     if arch == "x86_64" and table_script.expands(pixels * channels, channels):
-        func, kinds = table_script.expand(pixels * channels, beside * channels)
+        cut = (slices, channels // slices)
+        func, kinds = table_script.expand(pixels * channels, beside * channels, cut)
         return Kernel(func, (kinds[0],), (kinds[1],), "expand")
     codes = te.placeholder((pixels * channels,), "uint8", "codes")
     return _kernel([codes], [compute.expand_rows(codes, channels)], simple_cpu.expand, "expand")

@@ -273,7 +273,8 @@ class Lowering:
         elif choice.kind == "bitplane-lut":
             codes = weight_codes(weight, bits, levels)
             vector = kernels.lut_vector(layer, tile, choice.variant)
-            packed = lut_weights(codes, bits, layer.taps, tile.block, vector)
+            slices = kernels.lut_slices(layer, self.target.arch)
+            packed = lut_weights(codes, bits, layer.taps, tile.block, vector, slices)
         elif choice.variant == "multiply-add":
             packed = grouped_weights(weight, tile.block)
         elif choice.winograd:
@@ -369,10 +370,11 @@ class Lowering:
         """Tables of partial sums of padded codes, of two pixels each where the kernel wants so."""
         layer, arch = choice.layer, self.target.arch
         beside = layer.window.sx if choice.variant.endswith(kernels.PAIRS) else 0
-        name = f"{codes}{TABLES}{beside or ''}"
+        slices = kernels.lut_slices(layer, arch)
+        name = f"{codes}{TABLES}{beside or ''}{f'.{slices}' if slices > 1 else ''}"
         if name not in self.program.buffers:
             n, h, w, channels = layer.image
-            kernel = kernels.expand_kernel(n * h * w, channels, arch, beside)
+            kernel = kernels.expand_kernel(n * h * w, channels, arch, beside, slices)
             self._call(kernel, [codes], [name], codes, "expand")
         return name
 

@@ -84,7 +84,9 @@ def popcount_weights(codes: Array, bits: int, groups: int, taps: int, block: int
     return np.ascontiguousarray(np.swapaxes(pairs, -1, -2))
 
 
-def lut_weights(codes: Array, bits: int, taps: int, block: int, vector: int = 0) -> Array:
+def lut_weights(
+    codes: Array, bits: int, taps: int, block: int, vector: int = 0, slices: int = 1
+) -> Array:
     """Weights of the lookup kernel: bits of four channels of a plane as one nibble.
 
     Args:
@@ -93,16 +95,18 @@ def lut_weights(codes: Array, bits: int, taps: int, block: int, vector: int = 0)
         taps: separate runs of a window row: 1 or KW.
         block: B.
         vector: bytes of which the even ones are the first half of their channels; 0: in order.
+        slices: S, of the channels, one after the other.
 
     Returns:
-        uint8 [ceil(O/B), J, KH, taps, run, B], run = KW/taps * ceil(C/4); bit t of a nibble is
-        channel 4*k + t.
+        uint8 [ceil(O/B), J, S, KH, taps, run, B], run = KW/taps * ceil(C/4) / S; bit t of a nibble
+        is channel 4*k + t of a slice.
     """
-    out, channels, kh, _ = codes.shape
+    out, channels, kh, kw = codes.shape
     last = np.pad(codes.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [(0, -channels % 4)])
     planes = (last[None] >> np.arange(bits, dtype=np.uint8).reshape(-1, 1, 1, 1, 1)) & 1
-    nibbles = planes.reshape(bits, out, kh, taps, -1, 4) @ np.array([1, 2, 4, 8], np.uint8)
-    packed = _blocks(nibbles.transpose(1, 0, 2, 3, 4).astype(np.uint8), block)
+    nibbles = planes.reshape(bits, out, kh, kw, slices, -1, 4) @ np.array([1, 2, 4, 8], np.uint8)
+    runs = nibbles.transpose(1, 0, 4, 2, 3, 5).reshape(out, bits, slices, kh, taps, -1)
+    packed = _blocks(runs.astype(np.uint8), block)
     if vector:
         halves = packed.reshape(*packed.shape[:-1], -1, 2, vector // 2)
         packed = halves.swapaxes(-1, -2).reshape(packed.shape)

@@ -21,6 +21,7 @@ from mpqc.kernels import (
     grouped_tile,
     largest_divisor,
     lut_instruction,
+    lut_slices,
     lut_tile,
     pairs_pixels,
     popcount_instruction,
@@ -330,6 +331,7 @@ _INT8 = {
 
 _SHUFFLE = {256: 178.0, 128: 89.0}  # products a cycle of vpshufb + vpaddb for one weight plane
 _PAIRED = 1.2  # times that when a byte sums two pixels
+_SLICED = 1.07  # times that when rows of the output share tables and weights in L1
 MOST_LUT_BITS = 6
 WORTH_HALVES = 4  # steps of int16 sums that pay for the widening
 HALF_FLUSH = 2.0  # steps that one widening costs
@@ -395,6 +397,8 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     shuffle = _core(target).shuffle if arm else _SHUFFLE[min(target.vector_bits, 256)]
     if pairs_pixels(layer, target.arch):
         shuffle *= _PAIRED
+    if lut_slices(layer, target.arch) > 1:
+        shuffle *= _SLICED
     rate = shuffle * flush / layer.weight_bits
     used = layer.image[3] / (4 * -(-layer.image[3] // 4))
     lanes = min(32, target.vector_bits // 8)

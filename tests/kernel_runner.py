@@ -107,6 +107,7 @@ class Built:
     block: int
     taps: int
     vector: int = 0  # of the lookup kernel's weights
+    slices: int = 1  # the same
 
 
 def build(case: Case, kind: str, target: Target) -> Built:
@@ -133,7 +134,7 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         )
 
     sums = tables = of_codes = None
-    vector = 0
+    vector, slices = 0, 1
     if kind == "bitplane":
         layer = kernels.flatten_pixels(layer, 14)
         tile = kernels.bitplane_tile(layer, target)
@@ -149,9 +150,10 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         how = kernels.lut_instruction(layer, tile, target)
         kernel = kernels.lut_kernel(layer, operands, outputs, tile, how)
         vector = kernels.lut_vector(layer, tile, how)
+        slices = kernels.lut_slices(layer, target.arch)
         n, h, w, channels = layer.image
         beside = layer.window.sx if how.endswith(kernels.PAIRS) else 0
-        made = kernels.expand_kernel(n * h * w, channels, target.arch, beside)
+        made = kernels.expand_kernel(n * h * w, channels, target.arch, beside, slices)
         tables = compiled(made, target)
         if layer.odd:
             of_codes = kernels.code_sum_kernel(layer, target.arch)
@@ -175,7 +177,7 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         kernel = kernels.dot_kernel(layer, operands, outputs, tile, kind, case.chunk(layer.taps))
     library = compiled(kernel, target)
     return Built(
-        kernel, library, sums, of_codes is not None, tables, tile.block, layer.taps, vector
+        kernel, library, sums, of_codes is not None, tables, tile.block, layer.taps, vector, slices
     )
 
 
@@ -230,7 +232,7 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
     elif kind == "bitplane-lut":
         stored = numerics.weight_codes(weight, case.weight_bits, case.levels)
         packed = packing.lut_weights(
-            stored, case.weight_bits, built.taps, built.block, built.vector
+            stored, case.weight_bits, built.taps, built.block, built.vector, built.slices
         )
         data = np.zeros(built.kernel.inputs[0].shape, np.uint8)
     elif kind.startswith(kernels.WINOGRAD):

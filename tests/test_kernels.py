@@ -235,6 +235,25 @@ def test_two_pixels_share_a_byte(case: Case, target: Target) -> None:
         check(replace(case, extreme=extreme), "bitplane-lut", target)
 
 
+SLICED = [
+    Case(Window(1, 7, 7, 3, 3, 1, 1, 1, 1), 512, 40, 1, 2, 2, "signed", 1),
+    Case(Window(2, 4, 12, 3, 3, 1, 1, 1, 1), 256, 32, 1, 1, 1, "odd"),  # pairs of pixels
+    Case(Window(1, 4, 7, 3, 3, 2, 2, 1, 1), 320, 64, 1, 1, 2, "odd", 1),
+    Case(Window(1, 6, 5, 2, 5, 1, 1, 2, 1), 448, 8, 1, 3, 5, "signed"),
+    Case(Window(1, 7, 7, 3, 3, 1, 1, 1, 1), 512, 16, 1, 8, 6, "odd", 3),
+]
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize("case", SLICED, ids=str)
+def test_slices_of_channels_one_after_the_other(case: Case, target: Target) -> None:
+    slices = kernels.lut_slices(case.layer, target.arch)
+    assert slices > 1
+    assert kernels.lut_rows(case.layer, slices) > 1
+    for extreme in ("", "most", "least"):
+        check(replace(case, extreme=extreme), "bitplane-lut", target)
+
+
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
 @pytest.mark.parametrize("channels", [16, 48, 1024])
 def test_codes_are_added_up_under_each_window(channels: int, target: Target) -> None:
