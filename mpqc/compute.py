@@ -320,8 +320,8 @@ def lut_pair_conv(
     """``lut_conv`` for codes of one bit: two neighbouring output pixels in a byte, half each.
 
     Args:
-        rows: uint8 [S * N * H * W * C/S/4, 16]; an entry is that of a pixel plus 16 times that of the
-            pixel ``window.sx`` to the right.
+        rows: uint8 [S * N * H * W * C/S/4, 16]; an entry is that of a pixel plus 16 times that of
+            the pixel ``window.sx`` to the right.
         weight: as for ``lut_conv``, and so are the others.
         window: geometry.
         image: (N, H, W, tables of a pixel).

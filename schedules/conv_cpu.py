@@ -137,34 +137,37 @@ def lut_conv(
     instruction: str,
     halves: bool = False,
     evens: bool = False,
+    rows: int = 1,
     threads: bool = True,
 ) -> None:
     """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``.
 
     ``halves``: the kernel is ``compute.lut_pair_conv``. ``evens``: even bytes of a vector are the
-    first half of its channels.
+    first half of its channels. ``rows`` of the output go through each piece of weights and tables
+    while it lies in L1; their 16-bit sums lie there, too.
     """
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
     one_plane = len(sch.get_loops(acc)) == ACC_AXES
     tiles = []
     if one_plane:  # nothing to weigh: the epilogue reads the 16-bit sums
         sch.compute_inline(acc)
-        n, y, x, o, *lanes, ky, kx, c = sch.get_loops(pair)
-        at, pair_pixel = sch.split(x, [None, tile.pixels])
-        sch.reorder(o, n, y, at, ky, kx, c, pair_pixel, *lanes)
-        outer = sch.fuse(o, n, y)
-        if threads:
-            sch.parallel(outer)
-        compute_epilogue(sch, epilogue, at, channels)
+        n, y, x, o, *lanes, s, ky, kx, c = sch.get_loops(pair)
+        outer, at, row, column, pair_pixel = _patch(sch, (o, n, y, x), rows, tile)
+        sch.reorder(s, ky, kx, c, row, column, pair_pixel, *lanes)
     else:
-        at, (pixel, vector, lane, j) = _outer(sch, acc, tile, threads)
-        sch.reorder(j, pixel, vector, lane)
-        compute_epilogue(sch, epilogue, at, channels)
+        n, y, x, o, lane, j = sch.get_loops(acc)
+        vector, lane = sch.split(lane, [tile.vectors, tile.lanes])
+        outer, at, row, column, pixel = _patch(sch, (o, n, y, x), rows, tile)
+        sch.reorder(j, row, column, pixel, vector, lane)
         sch.compute_at(pair, j, preserve_unit_loops=True)
         axes = 1 if not evens else 2 if tile.vectors == 1 else 3
-        pair_pixel, _, _, *lanes, ky, kx, c = sch.get_loops(pair)[-6 - axes :]
-        sch.reorder(ky, kx, c, pair_pixel, *lanes)
+        row, pixels, _, _, *lanes, s, ky, kx, c = sch.get_loops(pair)[-8 - axes :]
+        column, pair_pixel = sch.split(pixels, [None, tile.pixels])
+        sch.reorder(s, ky, kx, c, row, column, pair_pixel, *lanes)
         tiles.append((pixel, vector, lane))
+    if threads:
+        sch.parallel(outer)
+    compute_epilogue(sch, epilogue, at, channels)
     sch.unroll(pair_pixel)
     if evens:
         *vectors, even, _ = lanes
@@ -176,13 +179,13 @@ def lut_conv(
 
     if halves:
         half = sch.get_sblock("half")
-        sch.compute_at(half, c, preserve_unit_loops=True)
-        half_pixel, *_, half_lanes, g = sch.get_loops(half)[-8:]
+        sch.compute_at(half, column, preserve_unit_loops=True)
+        half_pixel, *_, half_lanes, g = sch.get_loops(half)[-9:]
         half_vector, half_lane = sch.split(half_lanes, [tile.vectors, tile.lanes])
         sch.reorder(g, half_pixel, half_vector, half_lane)
         tiles.append((half_pixel, half_vector, half_lane))
-    sch.compute_at(part, g if halves else c, preserve_unit_loops=True)
-    part_pixel, *_, part_lanes, t = sch.get_loops(part)[-9 if halves else -8 :]
+    sch.compute_at(part, g if halves else column, preserve_unit_loops=True)
+    part_pixel, *_, part_lanes, t = sch.get_loops(part)[-10 if halves else -9 :]
     part_vector, part_lane = sch.split(part_lanes, [tile.vectors, tile.lanes])
     sch.reorder(t, part_pixel, part_vector, part_lane)
 
@@ -195,7 +198,7 @@ def lut_conv(
     if halves:
         sch.unroll(t)
         sch.decompose_reduction(half, g)
-    init = sch.decompose_reduction(pair, ky)
+    init = sch.decompose_reduction(pair, s)
     if evens:
         *unrolled, last = sch.get_loops(init)[-1 - len(lanes) :]
         for loop in unrolled:
@@ -208,6 +211,19 @@ def lut_conv(
         sch, instruction, part_vector, part_lane, tile.vectors, at, f"uint8x{tile.lanes}"
     )
     sch.tensorize(covered, register_lookup(instruction, abreast))
+
+
+def _patch(sch: Schedule, loops: tuple[Any, ...], rows: int, tile: Tile) -> tuple[Any, ...]:
+    """Cut [o, n, y, x] into outer loop, patch, and [row, tile of a row, pixel] within the patch.
+
+    A patch is whole rows, or one tile.
+    """
+    o, n, y, x = loops
+    outer, row = sch.split(y, [None, rows])
+    tiles = int(sch.get(x).extent) // tile.pixels if rows > 1 else 1
+    at, column, pixel = sch.split(x, [None, tiles, tile.pixels])
+    sch.reorder(o, n, outer, at, row, column, pixel)
+    return sch.fuse(o, n, outer), at, row, column, pixel
 
 
 def pair_vectors(

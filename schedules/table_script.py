@@ -25,8 +25,12 @@ def expands(codes: int, channels: int) -> bool:
     return channels % 4 == 0 and codes >= STEP
 
 
-def expand(codes: int, ahead: int = 0) -> tuple[Any, tuple[TensorType, TensorType]]:
+def expand(
+    codes: int, ahead: int = 0, slices: tuple[int, int] = (1, 0)
+) -> tuple[Any, tuple[TensorType, TensorType]]:
     """Codes [codes] of at most six bits -> tables [codes / 4, 16], as ``compute.expand_rows``.
+
+    ``slices``: number and codes of the slices of a pixel; all pixels' first slices come first.
 
     Entry ``b`` of a table is a sum of the first two codes, chosen by ``b % 4``, and one of the last
     two, chosen by ``b // 4``; the four sums of two codes are four bytes. The last step overlaps the
@@ -58,6 +62,16 @@ def expand(codes: int, ahead: int = 0) -> tuple[Any, tuple[TensorType, TensorTyp
         picked = [T.Shuffle([four], [half * 16 + i for i in places]) for places in (first, second)]
         return picked[0] + picked[1]
 
+    count, size = slices
+    apart = codes // count  # codes between neighbouring slices of a pixel
+
+    def place(start: Any) -> Any:
+        """Of the tables of codes from ``start`` on."""
+        if count == 1:
+            return start * 4
+        pixel, within = start // (count * size), start % (count * size)
+        return (within // size * apart + pixel * size + within % size) * 4
+
     @T.prim_func(s_tir=True)
     def expanding(
         codes_: T.Buffer((codes,), "uint8"), rows: T.Buffer((codes // 4, 16), "uint8")
@@ -70,8 +84,9 @@ def expand(codes: int, ahead: int = 0) -> tuple[Any, tuple[TensorType, TensorTyp
                 T.writes()
                 for step in T.serial(inner):
                     start = T.min((outer * inner + step) * STEP, last)
-                    flat.vstore([start * 4], tables(sums(codes_, start), 0))
-                    flat.vstore([start * 4 + _TABLES // 2], tables(sums(codes_, start), 1))
+                    to = place(start)
+                    flat.vstore([to], tables(sums(codes_, start), 0))
+                    flat.vstore([to + _TABLES // 2], tables(sums(codes_, start), 1))
 
     return expanding, (TensorType("uint8", (codes,)), TensorType("uint8", (codes // 4, 16)))
 
