@@ -47,7 +47,7 @@ class ProductTile:
 # In the order in which they are tried: large tiles read less memory, small ones fill the GPU.
 _CUDA_CORES = ((64, 64), (32, 64), (64, 32), (32, 32), (16, 32))
 _TENSOR_CORES = (
-    (128, 128, 64, 32), (128, 64, 32, 32), (64, 64, 32, 32), (64, 32, 32, 16), (32, 64, 16, 32),
+    (128, 64, 32, 32), (64, 64, 32, 32), (64, 32, 32, 16), (32, 64, 16, 32),
     (32, 32, 16, 16), (16, 32, 16, 8),
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What all tests share: the real models and data, where they are."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from hypothesis import settings
 # a loaded machine is no failure, and a failure must come again
 settings.register_profile("mpqc", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("mpqc")
+
+# a suite in the background of a shell is deaf to interrupts, and so would be what it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -199,6 +199,7 @@ struct warp_sums {
   }
 
   __device__ __forceinline__ void products(const unsigned* data, const unsigned* weight, int (&to)[MI][NI][4]) {
+    __syncwarp();  // lanes parted where they gathered; the instruction wants all of them together
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     data += (warp / ACROSS * T::WM + lane / 4) * T::STRIDE + lane % 4;
     weight += (warp % ACROSS * T::WN + lane / 4) * T::STRIDE + lane % 4;

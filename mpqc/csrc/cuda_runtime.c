@@ -182,8 +182,14 @@ static void widen(const struct mpqc_narrow* n, uint8_t* target) {
   }
 }
 
+/* The driver refuses to allocate nothing. */
+static size_t at_least_one(size_t bytes) {
+  return bytes ? bytes : 1;
+}
+
 static int load_weights(void) {
-  TRY(cu.allocate(&shared.weights, MPQC_WEIGHT_BYTES + MPQC_SHARED_BYTES), "weights");
+  TRY(cu.allocate(&shared.weights, at_least_one(MPQC_WEIGHT_BYTES + MPQC_SHARED_BYTES)), "weights");
+  if (!MPQC_WEIGHT_BYTES && !MPQC_SHARED_BYTES) return MPQC_OK;
   TRY(cu.to_device(shared.weights, mpqc_weights, MPQC_WEIGHT_BYTES), "copy of the weights");
   if (!MPQC_SHARED_BYTES) return MPQC_OK;
   uint8_t* wide = calloc(1, MPQC_SHARED_BYTES);
@@ -325,16 +331,28 @@ static size_t staging_bytes(void) {
   return bytes;
 }
 
-/* Record the run as a graph: it starts as a whole, which matters where kernels are short. */
-static int record(mpqc_model* m) {
+static int graphs_wanted(void) {
   const char* wanted = getenv("MPQC_CUDA_GRAPH");
-  if ((wanted && !strcmp(wanted, "0")) || !mpqc_steps_n) return MPQC_OK;
+  return !(wanted && !strcmp(wanted, "0")) && mpqc_steps_n;
+}
+
+/* All steps, or one with an index of 0 and above, so many times. */
+static int queue(mpqc_model* m, int index, int times) {
+  int status = MPQC_OK;
+  for (int i = 0; i < times && !status; i++)
+    status = index < 0 ? queue_all(m) : queue_step(m, index);
+  return status;
+}
+
+/* Record what `queue` would start as a graph: it starts as a whole, which matters where kernels
+ * are short. */
+static int record(mpqc_model* m, int index, int times, cu_exec* result) {
   cu_graph graph = NULL;
   TRY(cu.begin_capture(m->stream, CU_CAPTURE_THREAD_LOCAL), "recording a graph");
-  int status = queue_all(m);
+  int status = queue(m, index, times);
   cu_result code = cu.end_capture(m->stream, &graph);
   if (!status && code) status = driver_failed(code, "recording a graph");
-  if (!status && (code = cu.make_exec(&m->graph, graph, 0)))
+  if (!status && (code = cu.make_exec(result, graph, 0)))
     status = driver_failed(code, "making a graph");
   if (graph) cu.free_graph(graph);
   return status;
@@ -344,9 +362,9 @@ static int prepare(mpqc_model* m) {
   TRY(cu.make_stream(&m->stream, CU_STREAM_NON_BLOCKING), "stream");
   TRY(cu.make_event(&m->begin, 0), "event");
   TRY(cu.make_event(&m->end, 0), "event");
-  TRY(cu.allocate(&m->arena, MPQC_ARENA_BYTES), "values");
+  TRY(cu.allocate(&m->arena, at_least_one(MPQC_ARENA_BYTES)), "values");
   TRY(cu.allocate_host((void**)&m->staging, staging_bytes()), "pinned memory");
-  return record(m);
+  return graphs_wanted() ? record(m, -1, 1, &m->graph) : MPQC_OK;
 }
 
 /* In reverse; errors are of no use any more. */
@@ -458,20 +476,36 @@ static void hand_out(mpqc_model* m) {
     if (mpqc_outputs[i].bytes) memcpy(m->results[i], m->staging + at, mpqc_outputs[i].bytes);
 }
 
+/* Start the graph, or without one what it would hold. */
+static int start(mpqc_model* m, cu_exec graph, int index, int times) {
+  TRY(cu.record(m->begin, m->stream), "event");
+  if (graph) {
+    TRY(cu.launch_graph(graph, m->stream), "starting the graph");
+  } else {
+    int status = queue(m, index, times);
+    if (status) return status;
+  }
+  TRY(cu.record(m->end, m->stream), "event");
+  return MPQC_OK;
+}
+
+/* Start and wait, also for what was started before something failed: pinned memory stays its own. */
+static int finish(mpqc_model* m, cu_exec graph, int index, int times) {
+  float milliseconds = 0;
+  int status = start(m, graph, index, times);
+  cu_result code = cu.wait(m->stream);
+  if (status) return status;
+  if (code) return driver_failed(code, "running the kernels");
+  if (!cu.elapsed(&milliseconds, m->begin, m->end)) m->seconds = milliseconds * 1e-3;
+  return MPQC_OK;
+}
+
 /* Run the step, or all with index -1, and wait; the caller's outputs are touched at the very end. */
 static int run(mpqc_model* m, int index) {
-  int all = index < 0, status = MPQC_OK;
-  float milliseconds = 0;
   if (index <= 0) stage_inputs(m);
-  TRY(cu.record(m->begin, m->stream), "event");
-  if (all && m->graph) TRY(cu.launch_graph(m->graph, m->stream), "starting the graph");
-  else status = all ? queue_all(m) : queue_step(m, index);
-  if (status) return status;
-  TRY(cu.record(m->end, m->stream), "event");
-  TRY(cu.wait(m->stream), "running the kernels");
-  if (!cu.elapsed(&milliseconds, m->begin, m->end)) m->seconds = milliseconds * 1e-3;
-  if (all || index == mpqc_steps_n - 1) hand_out(m);
-  return MPQC_OK;
+  int status = finish(m, index < 0 ? m->graph : NULL, index, 1);
+  if (!status && (index < 0 || index == mpqc_steps_n - 1)) hand_out(m);
+  return status;
 }
 
 static int sizes_fit(const size_t* sizes, const mpqc_tensor* tensors, int n) {
@@ -522,4 +556,23 @@ MPQC_API int mpqc_device_seconds(mpqc_model* m, double* result) {
   if (!m || !result) return MPQC_INVALID_ARGUMENT;
   *result = m->seconds;
   return MPQC_OK;
+}
+
+static int time_step(mpqc_model* m, int index, int times, double* result) {
+  cu_exec graph = NULL;
+  int status = graphs_wanted() ? record(m, index, times, &graph) : MPQC_OK;
+  if (!status) status = finish(m, graph, index, 1); /* warms up */
+  if (!status) status = finish(m, graph, index, times);
+  if (graph) cu.free_exec(graph);
+  if (!status) *result = m->seconds / times;
+  return status;
+}
+
+/* Mean time that the GPU takes for a step that runs so many times in a row [s], started together
+ * as in a whole run. Values in the arena mean nothing afterwards. */
+MPQC_API int mpqc_time_step(mpqc_model* m, int index, int times, double* result) {
+  if (!m || !result || index < 0 || index >= mpqc_steps_n || times < 1) return MPQC_INVALID_ARGUMENT;
+  int status = enter(m);
+  if (status) return status;
+  return leave(m, time_step(m, index, times, result));
 }

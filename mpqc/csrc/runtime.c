@@ -19,6 +19,9 @@
 
 #define SPINS 4000 /* turns that a worker waits awake: about the gap between two kernels */
 #define TURNS_TO_YIELD 32 /* about a microsecond: what sharing a core may cost at each kernel */
+#define SHARES 4 /* of a loop, for each thread: whoever is free takes the next one */
+#define ID_BITS 16
+#define ID_MASK ((1u << ID_BITS) - 1)
 
 typedef struct {
   void* sync_handle;
@@ -54,8 +57,8 @@ struct mpqc_model {
   int bound;
   atomic_int busy;
 #ifndef MPQC_NO_THREADS
-  atomic_uint round;   /* counts launches; workers run one task each when it moves */
-  atomic_int left;     /* workers that have not finished this launch */
+  atomic_uint claims; /* launches so far << ID_BITS | tasks of this launch that have been taken */
+  atomic_int done;    /* tasks of this launch that have ended */
   atomic_int failed;
   atomic_int stop;
   int started;
@@ -70,6 +73,7 @@ struct mpqc_model {
 /* sizes.h promises these to whoever gives the memory */
 _Static_assert(sizeof(struct mpqc_model) <= MPQC_INSTANCE_BYTES, "instance");
 _Static_assert(sizeof(struct worker) <= MPQC_WORKER_BYTES, "worker");
+_Static_assert(MOST_THREADS * SHARES <= ID_MASK, "task numbers");
 
 /* The worker that runs in this thread. A library without threads still has instances in several,
  * but must not need __tls_get_addr. */
@@ -131,6 +135,24 @@ static void wait_turn(int turn) {
   else sched_yield();
 }
 
+static unsigned launches(struct mpqc_model* m) {
+  return atomic_load_explicit(&m->claims, memory_order_acquire) >> ID_BITS;
+}
+
+/* Take tasks until none is left. Whoever wakes late finds none, and nobody has waited for it. */
+static void take_tasks(struct worker* w) {
+  struct mpqc_model* m = w->model;
+  group_env env = {NULL, m->threads * SHARES};
+  unsigned taken = atomic_load_explicit(&m->claims, memory_order_acquire);
+  while ((taken & ID_MASK) < (unsigned)env.num_task) {
+    if (!atomic_compare_exchange_weak(&m->claims, &taken, taken + 1)) continue;
+    /* the launch cannot end before this task: `task` and `data` stay */
+    if (run_task(w, m->task, (int)(taken & ID_MASK), &env, m->data)) atomic_store(&m->failed, 1);
+    atomic_fetch_add_explicit(&m->done, 1, memory_order_release);
+    taken = atomic_load_explicit(&m->claims, memory_order_acquire);
+  }
+}
+
 static void* work(void* argument) {
   struct worker* w = argument;
   struct mpqc_model* m = w->model;
@@ -138,27 +160,26 @@ static void* work(void* argument) {
   self = w;
   for (;;) {
     int spins = 0;
-    while (atomic_load_explicit(&m->round, memory_order_acquire) == seen) {
+    while (launches(m) == seen) {
       if (++spins < SPINS) {
         wait_turn(spins);
         continue;
       }
       pthread_mutex_lock(&m->lock);
       m->sleeping++;
-      while (atomic_load(&m->round) == seen) pthread_cond_wait(&m->wake, &m->lock);
+      while (launches(m) == seen) pthread_cond_wait(&m->wake, &m->lock);
       m->sleeping--;
       pthread_mutex_unlock(&m->lock);
     }
-    seen++;
+    seen = launches(m);
     if (atomic_load(&m->stop)) return NULL;
-    group_env env = {NULL, m->threads};
-    if (run_task(w, m->task, w->id, &env, m->data)) atomic_store(&m->failed, 1);
-    atomic_fetch_sub_explicit(&m->left, 1, memory_order_release);
+    take_tasks(w);
   }
 }
 
-static void release(struct mpqc_model* m) {
-  atomic_fetch_add_explicit(&m->round, 1, memory_order_seq_cst);
+/* A new launch, of which so many tasks are as good as taken. */
+static void launch(struct mpqc_model* m, unsigned taken) {
+  atomic_store(&m->claims, ((launches(m) + 1) << ID_BITS) | taken);
   pthread_mutex_lock(&m->lock);
   if (m->sleeping) pthread_cond_broadcast(&m->wake);
   pthread_mutex_unlock(&m->lock);
@@ -173,13 +194,13 @@ static int parallel_launch(task_fn task, void* data, int tasks) {
     m->task = task;
     m->data = data;
     atomic_store(&m->failed, 0);
-    atomic_store(&m->left, m->threads - 1);
-    release(m);
-    group_env env = {NULL, m->threads};
-    int status = run_task(w, task, 0, &env, data);
+    atomic_store(&m->done, 0);
+    launch(m, 0);
+    take_tasks(w);
     int spins = 0;
-    while (atomic_load_explicit(&m->left, memory_order_acquire)) wait_turn(++spins);
-    return status || atomic_load(&m->failed);
+    while (atomic_load_explicit(&m->done, memory_order_acquire) < m->threads * SHARES)
+      wait_turn(++spins);
+    return atomic_load(&m->failed);
   }
 #endif
   if (w == NULL) return 1;
@@ -339,7 +360,7 @@ void mpqc_destroy(mpqc_model* m) {
 #ifndef MPQC_NO_THREADS
   if (m->started) {
     atomic_store(&m->stop, 1);
-    release(m);
+    launch(m, ID_MASK);
     for (int i = 1; i <= m->started; i++) pthread_join(m->workers[i].thread, NULL);
   }
   pthread_mutex_destroy(&m->lock);

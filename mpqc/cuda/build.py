@@ -27,7 +27,7 @@ from mpqc.program import MemoryPlan, Program, free_place
 from mpqc.target import Target, native
 from mpqc.toolchain import check_library, find_compiler, old_glibc
 
-OWN_FUNCTIONS = ("mpqc_device_seconds",)  # beside those of every library
+OWN_FUNCTIONS = ("mpqc_device_seconds", "mpqc_time_step")  # beside those of every library
 
 
 def build(

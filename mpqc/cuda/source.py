@@ -49,7 +49,10 @@ def header(program: Program, memory: MemoryPlan, form: Form, model: str) -> str:
     end = "#ifdef __cplusplus\n}"
     own = (
         "/* Time that the GPU took for the last run or step, copies included [s]. */\n"
-        "MPQC_API int mpqc_device_seconds(mpqc_model* model, double* result);\n\n"
+        "MPQC_API int mpqc_device_seconds(mpqc_model* model, double* result);\n"
+        "/* Mean time that the GPU takes for a step that runs so many times in a row [s], started\n"
+        " * together as in a whole run. Values inside the model mean nothing afterwards. */\n"
+        "MPQC_API int mpqc_time_step(mpqc_model* model, int index, int times, double* result);\n\n"
     )
     return text.replace(end, own + end, 1)
 

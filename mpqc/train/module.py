@@ -1,6 +1,6 @@
 """Any float graph as a torch module: one interpreter, no class per network."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -225,6 +225,47 @@ class GraphModule(nn.Module):
                 tensor.mul_(sign.reshape(shape))
         self._positive.add(scale)
         return True
+
+    def rebase_batch_norm(self, batches: Iterable[Feeds]) -> None:
+        """Give BatchNormalization the statistics of these batches; the function stays the same.
+
+        Quantization moves the values that BatchNormalization sees, and biases may already make
+        up for that. With the old statistics training would start elsewhere than evaluation:
+        the batch's statistics make up for the same shift a second time.
+
+        Args:
+            batches: as ``forward`` takes them; none: nothing happens.
+        """
+        norms = {
+            node.inputs[0]: node
+            for node in self.graph
+            if node.op == "BatchNormalization"
+            and all(len(self.graph.consumers(name)) == 1 for name in node.inputs[1:5])
+            and all(name in self._params for name in node.inputs[1:5])
+        }
+        training, frozen = self.training, self.freeze_batch_norm
+        self.train()
+        self.freeze_batch_norm = True
+        sums = {value: [torch.zeros(()), torch.zeros(())] for value in norms}
+        count = 0
+        with torch.no_grad():
+            for feeds in batches if norms else ():
+                count += 1
+                for value, x in self(feeds, tuple(norms)).items():
+                    rows = x.double().transpose(0, 1).flatten(1)
+                    found = rows.mean(1), rows.var(1, correction=int(rows.shape[1] > 1))
+                    sums[value] = [a.to(b.device) + b for a, b in zip(sums[value], found)]
+            for value, node in norms.items() if count else ():
+                scale, bias, mean, variance = (self.raw(name) for name in node.inputs[1:5])
+                epsilon = float(node.attrs.get("epsilon", 1e-5))  # type: ignore[arg-type]
+                new_mean, new_variance = (total / count for total in sums[value])
+                factor = self.constant(node.inputs[1]) / (variance.double() + epsilon).sqrt()
+                bias.add_((new_mean - mean) * factor)
+                scale.copy_(factor * (new_variance + epsilon).sqrt())
+                mean.copy_(new_mean)
+                variance.copy_(new_variance)
+        self.train(training)
+        self.freeze_batch_norm = frozen
 
     # Running ---------------------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 
 int cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
   IN_CONTEXT;
+  if (!bytes) return 1;
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
   const size_t whole = (bytes + page - 1) / page * page + page;
   char* start = static_cast<char*>(

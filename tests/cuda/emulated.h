@@ -164,6 +164,7 @@ inline int turn() { return (fibers[current].calls - 1) % 2; }
 #define CUDART_NAN ((double)NAN)
 
 inline void __syncthreads() { emulated::yield(emulated::BLOCK); }
+inline void __syncwarp() { emulated::yield(emulated::LANES); }
 inline unsigned __ballot_sync(unsigned, int bit) {
   auto lanes = emulated::exchange({{}, {}, bit != 0});
   unsigned result = 0;
