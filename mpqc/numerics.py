@@ -84,6 +84,18 @@ def weight_values(codes: Array, bits: int, levels: str) -> npt.NDArray[np.int16]
     return np.asarray(values, np.int16)
 
 
+def odd_bits(values: Array) -> int | None:
+    """Width of the odd levels -(2**b - 1), .., -1, 1, .., 2**b - 1 that integers take.
+
+    None where an integer is even, where there are none, and beyond seven bits, which no byte
+    holds. The same integers in two's complement need a bit more.
+    """
+    if not values.size or np.any(values % 2 == 0):
+        return None
+    bits = int(np.abs(values.astype(np.int64)).max()).bit_length()
+    return bits if bits < 8 else None
+
+
 def tree_sum(x: Array) -> Float32:
     """Sum the last axis pairwise by halves, in float32, in an order that never changes.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from mpqc.errors import PassError
 from mpqc.graph import Array, Attribute, Graph, Node, TensorType
-from mpqc.numerics import along
+from mpqc.numerics import along, odd_bits
 from mpqc.passes.base import Pass, fresh
 from mpqc.passes.drop_dead import DropDead
 from mpqc.passes.fold_batch_norm import Vector, next_affine
@@ -140,8 +140,8 @@ class _Writer:
         attrs = dict(node.attrs)
         brought = node.int_attr("activation_bits", 8)
         attrs["activation_bits"] = min(brought, self._bits(node.inputs[0]))
-        if values.size and np.array_equal(np.abs(values), np.ones_like(values)):
-            return replace(node, attrs={**attrs, "weight_bits": 1, "weight_levels": "odd"})
+        if (odd := odd_bits(values)) is not None:
+            return replace(node, attrs={**attrs, "weight_bits": odd, "weight_levels": "odd"})
         low, high = int(values.min(initial=0)), int(values.max(initial=0))
         bits = max(2, (-low - 1).bit_length() + 1 if low < 0 else 2, high.bit_length() + 1)
         attrs["weight_bits"] = min(node.int_attr("weight_bits", 8), bits)
@@ -186,8 +186,8 @@ class _Writer:
             raise _NotCodes("the scales of its weights do not go by output channel")
         scale = np.broadcast_to(scale, values.shape[channels : channels + 1])
         bits, levels = made.int_attr("bits"), made.str_attr("levels", "signed")
-        if values.size and np.array_equal(np.abs(values), np.ones_like(values)):
-            return values, np.array(scale, np.float32), 1, "odd"
+        if (odd := odd_bits(values)) is not None:
+            return values, np.array(scale, np.float32), odd, "odd"
         low, high = int(values.min(initial=0)), int(values.max(initial=0))
         if bits > 8 or high - low > 255:
             raise _NotCodes(f"its weights have {max(bits, 9)} bits, kernels take 8")

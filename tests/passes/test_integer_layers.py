@@ -100,6 +100,28 @@ def test_weights_of_plus_and_minus_one_have_one_bit() -> None:
     assert_same(graph, made, x=IMAGE)
 
 
+@pytest.mark.parametrize(("told", "bits"), [(8, 2), (3, 2), (8, 4), (8, 7)])
+def test_weights_that_are_all_odd_have_the_width_of_odd_levels(told: int, bits: int) -> None:
+    """Files have no type for them: DoReFa's levels come as integers of more bits."""
+    top = 2**bits - 1
+    weights = integers((6, 4, 3, 3), 0, top) * 2 - top
+    weights[0, 0, 0, :2] = -top, top
+    text = CONV.format(behind="", out="y").replace("bits=3, levels", f"bits={told}, levels")
+    graph = parse(text, w=weights.astype(np.int16))
+    made = on_codes(graph)
+    assert made["layer"].attrs["weight_levels"] == "odd"
+    assert widths(made)["layer"] == (bits, 4)
+    assert_same(graph, made, x=IMAGE)
+
+
+def test_one_even_weight_makes_no_odd_levels() -> None:
+    weights = integers((6, 4, 3, 3), 0, 3) * 2 - 3
+    weights[1, 2, 0, 1] = 0
+    made = on_codes(parse(CONV.format(behind="", out="y"), w=weights.astype(np.int16)))
+    assert made["layer"].attrs["weight_levels"] == "signed"
+    assert widths(made)["layer"] == (3, 4)
+
+
 MOVED = """
     %x = Input() : f32[1,2,4,4]
     %w = Constant() : i16[{k},3]
@@ -273,6 +295,7 @@ def test_two_layers_meet_on_codes() -> None:
     ("values", "clipped", "told"),
     [
         ([-1, 1, 1, -1], 3, (1, 2, "odd")),
+        ([-3, 1, 3, -1], 3, (2, 2, "odd")),
         ([-2, 1, 0, 1], 1, (2, 1, "signed")),
         ([0, 2, 1, 0], 15, (3, 4, "signed")),
         ([-128, 127, 1, 0], 255, (8, 8, "signed")),
