@@ -1,6 +1,6 @@
 """The freestanding library beside the same kernels under TVM's runtime, in turn.
 
-    python -m benchmarks.runtime MODEL.onnx ... [--bits w2a2] [--threads 1 2] [--json FILE]
+    python -m benchmarks.runtime MODEL.onnx ... [--bits w2a2] [--threads 1 2] [--dim NAME=N]
 
 TVM's side is what ``mpqc compile --runtime tvm`` makes: its virtual machine calls the kernels, on
 its own thread pool.
@@ -20,6 +20,7 @@ import numpy as np
 
 from mpqc import pipeline
 from mpqc.build import build
+from mpqc.cli_options import parse_dims
 from mpqc.data import open_data
 from mpqc.graph import Array, Graph, Precision
 from mpqc.model_source import Form
@@ -33,9 +34,11 @@ ROUNDS, REPEAT = 40, 3
 REST = 0.002  # seconds between turns: threads that spin go to sleep
 
 
-def quantized_program(model: Path, bits: str) -> tuple[Program, dict[str, Array]]:
+def quantized_program(
+    model: Path, bits: str, dims: Mapping[str, int] | None = None
+) -> tuple[Program, dict[str, Array]]:
     """A real model with random calibration data, and an input."""
-    graph = pipeline.import_model(model)
+    graph = pipeline.import_model(model, dims)
     options = Options(native(), max_samples=1, latencies=None)
     fed = random_feeds(graph)
     plan = Plan.uniform(graph, Precision.parse(bits), Precision(8, 8))
@@ -91,10 +94,15 @@ def manifest(program: Program) -> dict[str, Any]:
 
 
 def compare(
-    model: Path, bits: str, threads: int, rounds: int = ROUNDS, repeat: int = REPEAT
+    model: Path,
+    bits: str,
+    threads: int,
+    rounds: int = ROUNDS,
+    repeat: int = REPEAT,
+    dims: Mapping[str, int] | None = None,
 ) -> Row:
     """Run a model both ways in turn; minima, since a disturbance only slows."""
-    program, fed = quantized_program(model, bits)
+    program, fed = quantized_program(model, bits, dims)
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{name}.so" for name in ("library", "runtime")}
         build(program, plan_memory(program), native(), manifest(program), paths["library"])
@@ -130,13 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bits", default="w2a2")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--dim", action="append", help="NAME=VALUE of an open dimension")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
-    rows = []
+    rows, dims = [], parse_dims(options.dim)
     print(f"{'model':32} threads   library     TVM's runtime   ratio")
     for model in options.models:
         for threads in options.threads:
-            row = compare(model, options.bits, threads, options.rounds)
+            row = compare(model, options.bits, threads, options.rounds, dims=dims)
             rows.append(row)
             print(
                 f"{row.model:32} {threads:7} {row.library * 1e6:10.1f} us "

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -234,12 +233,14 @@ def _compile_kernels(
     )
     with _raw_interface() as workspaces:
         library = tvm.compile(module, target=llvm_target(target))
-    archive = work / "kernels.tar"
-    library.export_library(str(archive))
     folder = work / "kernels"
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    return sorted(folder.rglob("*.o")), workspaces
+    folder.mkdir()
+
+    def leave(_output: str, _objects: list[str], **_options: object) -> None:
+        """Link later, with everything else."""
+
+    library.export_library(str(folder / "unused"), fcompile=leave, workspace_dir=str(folder))
+    return sorted(folder.glob("*.o")), workspaces
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ class Machine:
         packages: distribution -> version, for those that can be imported.
         tools: name in `TOOLS` -> path, for those that are on the PATH.
         compiler: $CC, which goes before the names in `TOOLS`; empty if unset.
-        cross: architecture of a board -> command of the compiler that builds for it.
+        cross: architecture -> command of the compiler that builds for it.
         extensions: of the instruction set, in the words of `EXTENSIONS`.
         gpus: name and compute capability of each, as the driver says them.
         cores: that this process may use.
@@ -203,9 +203,9 @@ def _package(m: Machine, name: str, needed_for: str, cure: str, *, required: boo
 def _compiler(m: Machine) -> Check:
     needed_for = "linking model.so for this machine"
     if not m.compiler:
-        path = m.tools.get("C compiler")
-        cure = "" if path else "apt install gcc, or set CC to a C compiler"
-        found = path or "neither cc, gcc nor clang on the PATH"
+        path = m.tools.get("C compiler") or m.cross.get(m.architecture)
+        cure = "" if path else "apt install gcc; or pip install ziglang; or set CC to a C compiler"
+        found = path or "neither cc, gcc, clang nor zig"
         return Check("C compiler", path is not None, found, needed_for, cure, required=True)
     # CC may hold a launcher and options: "ccache gcc -m64".
     words = shlex.split(m.compiler)
@@ -279,10 +279,9 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _cross() -> dict[str, str]:
-    """Compilers for boards, as a compilation would choose them."""
+    """Compilers for this machine and for boards, as a compilation would choose them."""
     found = {}
-    for name in ("aarch64", "armv7"):
-        target = TARGETS[name]
+    for target in (native(), TARGETS["aarch64"], TARGETS["armv7"]):
         with contextlib.suppress(EnvironmentLacks):
             found[target.arch] = shlex.join(find_compiler(target, native().arch))
     return found

@@ -12,22 +12,22 @@ import numpy as np
 from mpqc.errors import UsageError
 from mpqc.graph import TensorType
 from mpqc.narrow import Narrow, narrow
-from mpqc.program import MemoryPlan, Program, free_place
+from mpqc.program import SLACK, MemoryPlan, Program, free_place
 from mpqc.target import Target
 
 CSRC = Path(__file__).parent / "csrc"
 DEFAULT_PREFIX = "mpqc"
 INSTANCE_BYTES, WORKER_BYTES = 256, 64  # runtime.c checks that its structs fit
 
-# CPU features that the library asks the processor for before it runs, by mpqc's feature names.
-_CPU_CHECKS = {
-    "x86_64": {
-        "ssse3": ("ssse3", "sse4.2", "popcnt"),
-        "avx2": ("avx2", "fma"),
-        "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        "vnni": ("avx512vnni",),
-        "bitalg": ("avx512bitalg", "avx512vpopcntdq", "avx512vbmi"),
-    }
+# What the library asks an x86 processor for before it runs, by mpqc's feature names: the leaf of
+# cpuid, the register, its bits; and the state that the system must save (xgetbv). Compilers' own
+# __builtin_cpu_supports is not used: zig's says no to everything.
+_X86_CHECKS: Mapping[str, Sequence[tuple[int, str, tuple[int, ...]]]] = {
+    "ssse3": [(1, "ecx", (9, 20, 23))],  # with sse4.2 and popcnt
+    "avx2": [(1, "ecx", (12, 27)), (7, "ebx", (3, 5, 8)), (0, "xcr", (1, 2))],  # fma, bmi, bmi2
+    "avx512": [(7, "ebx", (16, 17, 30, 31)), (0, "xcr", (5, 6, 7))],  # f, dq, bw, vl
+    "vnni": [(7, "ecx", (11,))],
+    "bitalg": [(7, "ecx", (1, 12, 14))],  # vbmi, bitalg, vpopcntdq
 }
 
 _C_TYPES = {
@@ -90,7 +90,7 @@ def place_workspaces(
     """An arena that holds the kernels' own memory too, and the offset of every step's.
 
     It has what a kernel wants once and what the first thread wants in its loops, one behind the
-    other; further threads bring their own.
+    other; further threads bring their own. Kernels may read a little behind it, as behind buffers.
     """
     places, size = [], memory.size
     for index, step in enumerate(program.steps):
@@ -98,7 +98,7 @@ def place_workspaces(
         total = need.once + need.thread
         place = free_place(program, memory, index, total) if total else 0
         places.append((place, need))
-        size = max(size, place + total)
+        size = max(size, place + total + SLACK)
     return replace(memory, size=size), places
 
 
@@ -362,11 +362,23 @@ def _machine_check(target: Target) -> str:
             "#include <sys/auxv.h>\n"
             "int mpqc_machine_fits(void) { return (int)(getauxval(AT_HWCAP) >> 20 & 1); }"
         )
-    table = _CPU_CHECKS.get(target.arch, {})
-    flags = [flag for feature in sorted(target.features) for flag in table.get(feature, ())]
-    tests = " && ".join(f'__builtin_cpu_supports("{flag}")' for flag in flags) or "1"
-    prepare = "__builtin_cpu_init(); " if flags else ""
-    return f"int mpqc_machine_fits(void) {{ {prepare}return {tests}; }}"
+    if target.arch != "x86_64" or not target.features:
+        return "int mpqc_machine_fits(void) { return 1; }"
+    wanted: dict[tuple[int, str], int] = {}
+    for feature in target.features:
+        for leaf, register, bits in _X86_CHECKS[feature]:
+            old = wanted.get((leaf, register), 0)
+            wanted[leaf, register] = old | sum(1 << bit for bit in bits)
+    return f"""#include <cpuid.h>
+static unsigned lacks(unsigned found, unsigned wanted) {{ return ~found & wanted; }}
+int mpqc_machine_fits(void) {{
+  unsigned a, b = 0, c = 0, d, features, state = 0;
+  if (!__get_cpuid(1, &a, &b, &features, &d)) return 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) b = c = 0;
+  if (features >> 27 & 1) __asm__ volatile("xgetbv" : "=a"(state), "=d"(d) : "c"(0));
+  return !(lacks(features, {wanted.get((1, "ecx"), 0)}u) | lacks(b, {wanted.get((7, "ebx"), 0)}u) |
+           lacks(c, {wanted.get((7, "ecx"), 0)}u) | lacks(state, {wanted.get((0, "xcr"), 0)}u));
+}}"""
 
 
 def embed(symbol: str, file: str, align: int, end: str = "") -> str:

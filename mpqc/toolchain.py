@@ -78,7 +78,7 @@ def find_compiler(target: Target, host_arch: str) -> list[str]:
         if shutil.which(name):
             return [name]
     if own:
-        raise EnvironmentLacks("no C compiler found: install gcc or clang, or set CC")
+        return _zig(cross) or _missing_here()
     return _clang(cross) or _zig(cross) or _missing(target.arch, cross)
 
 
@@ -110,6 +110,13 @@ def _zig(cross: Cross) -> list[str]:
     if any((Path(folder) / "ziglang").is_dir() for folder in sys.path if folder):
         return [sys.executable, "-m", "ziglang", "cc", *options]
     return []
+
+
+def _missing_here() -> list[str]:
+    raise EnvironmentLacks(
+        "no C compiler found: install gcc or clang, or zig from its wheel (pip install ziglang), "
+        "or set CC"
+    )
 
 
 def _missing(arch: str, cross: Cross) -> list[str]:

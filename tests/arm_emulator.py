@@ -1,4 +1,7 @@
-"""Run ARM code on this machine under qemu-user: single kernels, and whole compiled models."""
+"""Run ARM code on this machine under qemu-user: single kernels, and whole compiled models.
+
+This machine's own code runs in the same harness, without the emulator.
+"""
 
 import shutil
 import subprocess
@@ -41,16 +44,6 @@ static int launch(task run, void* data, int n) {{
   (void)n;
   return run(0, &g, data);
 }}
-static void* take(int t, int d, uint64_t n, int c, int b) {{
-  (void)t, (void)d, (void)c, (void)b;
-  return aligned_alloc(64, (n + 63) / 64 * 64);
-}}
-static int give(int t, int d, void* p) {{ (void)t, (void)d, free(p); return 0; }}
-int (*__TVMBackendParallelLaunch)(task, void*, int) = launch;
-void* (*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
-int (*__TVMBackendFreeWorkspace)(int, int, void*) = give;
-static void* data[{count}];
-static const size_t sizes[] = {{{sizes}}};
 /* As much memory as the arena has at least, and no byte more. */
 static void* room(size_t bytes) {{
   size_t page = 1 << 16, need = (bytes + 63) / 64 * 64 + {slack};
@@ -59,6 +52,27 @@ static void* room(size_t bytes) {{
   if (p == MAP_FAILED || mprotect(p + whole, page, PROT_NONE)) exit(4);
   return p + whole - need;
 }}
+/* Working memory is held to the same; kept for the next of its size, as loops take it often. */
+static struct {{ void* place; uint64_t bytes; int taken; }} rooms[256];
+static void* take(int t, int d, uint64_t n, int c, int b) {{
+  (void)t, (void)d, (void)c, (void)b;
+  int i = 0;
+  while (i < 255 && rooms[i].place && (rooms[i].taken || rooms[i].bytes != n)) i++;
+  if (!rooms[i].place) rooms[i].place = room(rooms[i].bytes = n);
+  if (rooms[i].taken || rooms[i].bytes != n) exit(5);
+  rooms[i].taken = 1;
+  return rooms[i].place;
+}}
+static int give(int t, int d, void* p) {{
+  (void)t, (void)d;
+  for (int i = 0; i < 256; i++) if (rooms[i].place == p) rooms[i].taken = 0;
+  return 0;
+}}
+int (*__TVMBackendParallelLaunch)(task, void*, int) = launch;
+void* (*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
+int (*__TVMBackendFreeWorkspace)(int, int, void*) = give;
+static void* data[{count}];
+static const size_t sizes[] = {{{sizes}}};
 int main(int n, char** path) {{
   for (int i = 0; i < {count}; i++) data[i] = room(sizes[i]);
   FILE* f = fopen(path[n - 2], "rb");
@@ -93,16 +107,19 @@ def cross_compiler(target: Target) -> tuple[str, ...]:
 
 def command(target: Target, *arguments: str, cpu: str = "") -> list[str]:
     """Command line that runs a program of the target on its own, or the named, CPU model."""
+    if target.arch == native().arch:
+        return list(arguments)
     model = cpu or CPUS[target.name]
     return [emulator(target.arch), "-cpu", model, "-L", _ROOT[target.arch], *arguments]
 
 
 class Library:
-    """One kernel as a program under qemu; it is called as TVM's libraries are."""
+    """One kernel as a program, under qemu where needed; it is called as TVM's libraries are."""
 
     def __init__(self, kernel: Kernel, target: Target) -> None:
-        emulator(target.arch)
-        self._folder = tempfile.TemporaryDirectory(prefix="mpqc-arm-")
+        if target.arch != native().arch:
+            emulator(target.arch)
+        self._folder = tempfile.TemporaryDirectory(prefix="mpqc-kernel-")
         work = Path(self._folder.name)
         module = tvm.IRModule({"kernel": kernel.func.with_attr("global_symbol", "kernel")})
         with build._raw_interface():

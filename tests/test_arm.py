@@ -128,7 +128,7 @@ def test_long_runs_are_counted_in_bytes() -> None:
 def test_the_arena_ends_behind_all_that_kernels_read() -> None:
     """Whole groups are read: of the last run of an image up to a group less an element too much.
 
-    ``arm_emulator`` and ``arm_runner.c`` put a page that cannot be read behind that memory.
+    ``arm_emulator`` and ``model_runner.c`` put a page that cannot be read behind that memory.
     """
     for name, dot in DOTS.items():
         width = np.dtype(dot.data).itemsize
@@ -269,7 +269,7 @@ def emulated(
     header = Path(__file__).parents[1] / "mpqc/csrc"
     subprocess.run(
         [*cross_compiler(target), "-O1", "-I", str(header), "-o", str(runner),
-         str(Path(__file__).with_name("arm_runner.c")), str(folder / "model.so"),
+         str(Path(__file__).with_name("model_runner.c")), str(folder / "model.so"),
          f"-Wl,-rpath,{folder}"],
         check=True,
     )  # fmt: skip

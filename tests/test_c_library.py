@@ -32,7 +32,7 @@ from tests.c_programs import call, compiled, library, needs
 from tests.graph_runner import feeds, parse
 from tests.test_lowering import CHAIN, RESIDUAL
 
-OK, INVALID, BUSY, WRONG_SIZE = 0, 1, 3, 5
+OK, INVALID, BUSY, WRONG_SIZE, WRONG_MACHINE = 0, 1, 3, 5, 6
 GRAPH = parse(RESIDUAL.replace("5,5]", "20,20]"))
 FEEDS = feeds(GRAPH)
 ROOT = Path(__file__).parents[1]
@@ -383,6 +383,40 @@ def test_a_thousand_lives_leak_nothing(tmp_path: Path) -> None:
     allocations = re.search(r"total heap usage: ([\d,]+) allocs", result.stderr)
     assert allocations is not None
     assert int(allocations[1].replace(",", "")) >= 1000  # valgrind saw the instances
+
+
+@pytest.mark.parametrize(
+    ("target", "cpu", "runs"),
+    [("x86-64-v2", "Nehalem", True), ("x86-64-v2", "core2duo", False),
+     ("x86-64-v3", "max", True), ("x86-64-v3", "Nehalem", False),
+     ("x86-64-v4", "max", False), ("x86-64-v4-vnni", "max", False)],
+)  # fmt: skip
+def test_a_processor_without_the_instructions_is_refused(
+    target: str, cpu: str, runs: bool, tmp_path: Path
+) -> None:
+    """Under an emulator, which has no AVX-512."""
+    if native().arch != "x86_64":
+        pytest.skip("programs for x86-64")
+    emulator = shutil.which("qemu-x86_64-static") or needs("qemu-x86_64")
+    graph = parse(RESIDUAL)
+    library(graph, tmp_path / "model.so", Form(static=True, bare=True), TARGETS[target])
+    program = compiled(
+        "#include \"model.h\"\n"
+        "_Alignas(MPQC_ALIGNMENT) static unsigned char scratch[MPQC_SCRATCH_BYTES(1)];\n"
+        "static MPQC_INPUT_0_TYPE x[MPQC_INPUT_0_ELEMENTS];\n"
+        "static MPQC_OUTPUT_0_TYPE y[MPQC_OUTPUT_0_ELEMENTS];\n"
+        "static MPQC_OUTPUT_1_TYPE z[MPQC_OUTPUT_1_ELEMENTS];\n"
+        "int main(void) {\n"
+        "  mpqc_model* m;\n"
+        "  int status = mpqc_create_in(1, scratch, sizeof scratch, &m);\n"
+        "  const void* in[] = {x};\n"
+        "  void* out[] = {y, z};\n"
+        "  return status ? status : mpqc_run(m, in, NULL, out, NULL);\n"
+        "}\n",
+        tmp_path, str(tmp_path / "model.a"), "-static",
+    )  # fmt: skip
+    result = subprocess.run([emulator, "-cpu", cpu, str(program)], capture_output=True, check=False)
+    assert result.returncode == (OK if runs else WRONG_MACHINE)
 
 
 # What it occupies ----------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_required_ones_are_what_compiling_needs() -> None:
         ("torch", "mpqc[train]"),
         ("xgboost", "mpqc[tune]"),
         ("C compiler", "set CC"),
+        ("C compiler", "pip install ziglang"),
         ("aarch64 compiler", "apt install gcc-aarch64-linux-gnu"),
         ("aarch64 compiler", "pip install ziglang"),
         ("aarch64 compiler", "apt install clang lld libc6-dev-arm64-cross"),
@@ -162,6 +163,13 @@ def test_looks_at_the_machine_it_runs_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert here.packages["numpy"]
     assert here.cores >= 1
     assert here.free > 0
+
+
+def test_zig_alone_compiles_for_this_machine() -> None:
+    machine = replace(without("C compiler"), architecture="x86_64")
+    assert not find("C compiler", machine).ok
+    check = find("C compiler", replace(machine, cross={"x86_64": "python -m ziglang cc"}))
+    assert (check.ok, check.found) == (True, "python -m ziglang cc")
 
 
 def test_asks_the_driver_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mpqc import toolchain
+from mpqc import reference, toolchain
 from mpqc.elf import read_elf
 from mpqc.errors import ArtifactError, EnvironmentLacks
+from mpqc.runtime import load
 from mpqc.target import TARGETS, Target, native
 from mpqc.toolchain import check_library, find_binutil, find_compiler, old_glibc
 from tests.c_programs import library
-from tests.graph_runner import parse
+from tests.graph_runner import feeds, parse
 from tests.test_lowering import CHAIN
 
 V2, RPI4, V7 = TARGETS["x86-64-v2"], TARGETS["rpi4"], TARGETS["armv7"]
@@ -38,7 +40,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_missing_compiler_is_named_with_its_cure(tools: Callable[..., None]) -> None:
-    with pytest.raises(EnvironmentLacks, match="install gcc or clang, or set CC"):
+    with pytest.raises(EnvironmentLacks, match=r"install gcc or clang, .* or set CC"):
         find_compiler(V2, "x86_64")
     with pytest.raises(EnvironmentLacks, match="apt install gcc-aarch64-linux-gnu") as error:
         find_compiler(RPI4, "x86_64")
@@ -71,6 +73,9 @@ def test_the_order_is_gnu_clang_zig(
     ]  # fmt: skip
     tools("clang", "zig")  # clang without a linker for the target
     assert find_compiler(RPI4, "x86_64") == ["zig", "cc", "-target", "aarch64-linux-gnu.2.27"]
+    assert find_compiler(V2, "x86_64")[0] == "clang"
+    tools("zig")  # also for this machine, where nothing else is
+    assert find_compiler(V2, "x86_64") == ["zig", "cc", "-target", "x86_64-linux-gnu.2.27"]
     tools()
     (tmp_path / "ziglang").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -98,16 +103,22 @@ def test_binutils_know_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_binutil("objcopy", silent, V7, "x86_64")
 
 
-def test_zig_makes_libraries_of_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler that pip alone can install: whole libraries, for old systems."""
+def test_zig_makes_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler that pip alone can install: whole libraries, for old systems, and correct."""
     if not toolchain._zig(toolchain.CROSS["aarch64"]):
         pytest.skip("zig is not installed: pip install ziglang")
-    for target in (RPI4, V7):
+    graph = parse(CHAIN)
+    fed = feeds(graph)
+    for target in (RPI4, V7, V2):
         cross = toolchain.CROSS[target.arch]
         monkeypatch.setenv(cross.variable, shlex.join(toolchain._zig(cross)))
-        built = library(parse(CHAIN), tmp_path / f"{target.arch}.so", target=target)
+        built = library(graph, tmp_path / f"{target.arch}.so", target=target)
         found = check_library(built.library, target)
         assert (0, 0) < found.glibc <= toolchain.OLDEST_GLIBC
+        if target.arch == native().arch:
+            with load(built.library, threads=2) as model:
+                for name, wanted in reference.run(graph, fed).items():
+                    np.testing.assert_array_equal(model.run(fed)[name], wanted)
 
 
 def test_clang_without_the_targets_library_is_passed_over(

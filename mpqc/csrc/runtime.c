@@ -19,7 +19,7 @@
 
 #define SPINS 4000 /* turns that a worker waits awake: about the gap between two kernels */
 #define TURNS_TO_YIELD 32 /* about a microsecond: what sharing a core may cost at each kernel */
-#define SHARES 4 /* of a loop, for each thread: whoever is free takes the next one */
+#define SHARES 8 /* of a loop, for each thread: whoever is free takes the next one */
 #define ID_BITS 16
 #define ID_MASK ((1u << ID_BITS) - 1)
 
@@ -327,15 +327,15 @@ int mpqc_create_in(int threads, void* scratch, size_t bytes, mpqc_model** result
   m->sources = (const void**)place;
   m->results = (void**)(m->sources + mpqc_inputs_n);
   place += round_up(sizeof(void*) * (size_t)(mpqc_inputs_n + mpqc_outputs_n));
-  m->arena = place;
-  place += round_up(MPQC_ARENA_BYTES);
   m->threads = threads;
   for (int i = 0; i < threads; i++) {
     m->workers[i].model = m;
     if (i == 0) continue; /* its pool is in the arena, see step */
-    m->workers[i].pool.start = place + MPQC_WORKSPACE_BYTES * (size_t)(i - 1);
+    m->workers[i].pool.start = place;
     m->workers[i].pool.size = MPQC_WORKSPACE_BYTES;
+    place += MPQC_WORKSPACE_BYTES;
   }
+  m->arena = place; /* behind the pools: kernels may read a little behind theirs */
 #ifndef MPQC_NO_THREADS
   if (pthread_mutex_init(&m->lock, NULL)) return MPQC_OUT_OF_MEMORY;
   if (pthread_cond_init(&m->wake, NULL)) {

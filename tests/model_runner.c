@@ -1,5 +1,6 @@
-/* Run a compiled model over raw inputs: runner IN OUT THREADS. IN holds samples, each of them all
- * inputs in order; OUT receives the outputs likewise. */
+/* Run a compiled model over raw inputs: runner IN OUT THREADS [heap]. IN holds samples, each of them
+ * all inputs in order; OUT receives the outputs likewise. The instance has its memory between pages
+ * that cannot be touched, or from the heap, where valgrind watches. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -17,18 +18,24 @@
 
 enum { MOST = 64 };
 
-static void* room(size_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
+static void* room(size_t bytes) { return malloc(bytes); }
 
-/* Memory behind which nothing may be touched. */
+/* Memory behind which nothing may be touched, nor more than a page before it. */
 static void* fenced(size_t bytes) {
   size_t page = 1 << 16, whole = (bytes + page - 1) / page * page;
-  char* p = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED || mprotect(p + whole, page, PROT_NONE)) exit(5);
-  return p + whole - bytes;
+  char* p = mmap(NULL, whole + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED || mprotect(p + page, whole, PROT_READ | PROT_WRITE)) exit(5);
+  return p + page + whole - bytes;
+}
+
+static void* heap(size_t bytes) {
+  void* p = NULL;
+  if (posix_memalign(&p, MPQC_ALIGNMENT, bytes)) exit(5);
+  return p;
 }
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
+  if (argc < 4) return 2;
   FILE* in = fopen(argv[1], "rb");
   FILE* out = fopen(argv[2], "wb");
   if (in == NULL || out == NULL) return 3;
@@ -38,7 +45,8 @@ int main(int argc, char** argv) {
   mpqc_model* model;
   int threads = atoi(argv[3]);
   size_t scratch = mpqc_scratch_bytes(threads);
-  CHECK(mpqc_create_in(threads, fenced(scratch), scratch, &model));
+  void* memory = argc > 4 ? heap(scratch) : fenced(scratch);
+  CHECK(mpqc_create_in(threads, memory, scratch, &model));
   for (int i = 0; i < mpqc_input_count(); i++) {
     CHECK(mpqc_describe_input(i, &tensor));
     inputs[i] = room(input_bytes[i] = tensor.bytes);
