@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mpqc import console
 from mpqc.cli_options import (
+    Batch,
     BoardOptions,
     Dim,
     Json,
@@ -60,6 +61,10 @@ def profile(
         bool, Option("--check/--no-check", help="Measure whole networks against the table.")
     ] = True,
     dim: Dim = None,
+    batch: Batch = 1,
+    tiles: Annotated[
+        bool, Option("--tiles", help="GPUs: also measure the next smaller and larger tiles.")
+    ] = False,
     cache: Annotated[
         Path | None, Option("--cache", metavar="DIR", help="By default the user's, $MPQC_CACHE.")
     ] = None,
@@ -95,6 +100,8 @@ def profile(
             repeat=repeat,
             checks=CHECKS if check else (),
             dims=parse_dims(dim),
+            batch=batch,
+            tiles=tiles,
             cache=cache,
             use_cache=not no_cache,
             runner=board,

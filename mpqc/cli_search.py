@@ -78,6 +78,9 @@ def search(
         Option("--option", metavar="NAME=VALUE", help="Of the method; repeatable."),
     ] = None,
     dim: Dim = None,
+    batch: Annotated[
+        int, Option("--batch", min=1, help="Samples of the run that a latency budget is about.")
+    ] = 1,
     latency_table: Annotated[
         Path | None,
         Option("--latency-table", metavar="F.csv", help="Of mpqc profile; by default the cache's."),
@@ -174,7 +177,7 @@ def search(
         table = None if latency_table is None else LatencyTable.load(latency_table)
         machine = find_target(target)
         costs["latency"] = latency_cost(
-            model, machine, table, threads=threads, dims=dims, cache=cache
+            model, machine, table, threads=threads, dims=dims, batch=batch, cache=cache
         )
     trainer = None
     if train is not None:
@@ -214,13 +217,14 @@ def search(
     if result.scores is not None and scores_csv is not None:
         result.scores.save_csv(scores_csv)
     result.plan.save(output)
-    kernels = _kernels(model, dims, result, target, threads, latency_table, cache)
+    kernels = _kernels(model, dims, batch, result, target, threads, latency_table, cache)
     console.show(report.to_json(result, kernels), as_json, lambda: report.table(result, kernels))
 
 
 def _kernels(
     model: Path,
     dims: "Mapping[str, int]",
+    batch: int,
     result: "SearchResult",
     target: str,
     threads: int,
@@ -240,7 +244,7 @@ def _kernels(
     )
     asked = {name: layer.kernel for name, layer in result.plan.layers.items()}
     selector = Selector(machine, by_layer=asked, table=known)
-    return expect_plan(import_model(model, dims), result.widths(), selector)
+    return expect_plan(import_model(model, dims, batch), result.widths(), selector)
 
 
 def methods(as_json: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:

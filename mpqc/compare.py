@@ -153,10 +153,10 @@ def compare(
         OutputError: ``output`` holds a finished comparison, or something else.
         MpqcError: as compiling and measuring raise it.
     """
-    if not options.target.runs_here:
+    if options.target.why_not_here:
         raise EnvironmentLacks(
-            f"target {options.target.name} does not run on this machine, so that nothing can be "
-            "measured: compare on the machine itself, or choose a target that runs here"
+            f"{options.target.why_not_here}, so that nothing can be measured: compare on the "
+            "machine itself, or choose a target that runs here"
         )
     if strangers := [name for name in against if name not in OPPONENTS]:
         raise UsageError(f"unknown opponent {strangers[0]!r}; choose from {', '.join(OPPONENTS)}")

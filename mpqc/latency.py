@@ -104,10 +104,11 @@ class Entry:
         kernel: "bitplane", "bitplane-lut", "int8"; for networks "whole" (one run), "rest" (the
             steps that belong to no layer) and "promise" (what the table says of the whole).
         variant: instruction or form inside the kind.
-        tile: register tile as pixels x vectors x lanes.
+        tile: register tile as pixels x vectors x lanes; on GPUs a block's as rows x columns x
+            words.
         seconds_min, seconds_median: of the repetitions.
         measured: "yes", or "model"; a network's promise may rest on points of the model.
-        model: first 16 digits of the model's SHA-256; empty for layers, which belong to none.
+        model: ``network_name``; empty for layers, which belong to none.
     """
 
     geometry: Geometry | None
@@ -301,6 +302,12 @@ class LatencyTable:
         times = kernels or self._predicted(geometry, precision)
         return min(times, key=times.__getitem__), bool(kernels)
 
+    def best_row(self, geometry: Geometry, precision: Precision, kernel: str) -> Entry | None:
+        """The fastest measurement of a kind of kernel, behind whatever epilogue."""
+        point = self._by_point.get((geometry, precision.weight, precision.activation), {})
+        rows = [by_kernel[kernel] for by_kernel in point.values() if kernel in by_kernel]
+        return min(rows, key=lambda row: row.seconds_min, default=None)
+
     def _measured(
         self, geometry: Geometry, precision: Precision, epilogue: str | None
     ) -> dict[str, float]:
@@ -334,9 +341,10 @@ class LatencyTable:
 
     # -- networks
 
-    def network(self, model_sha256: str) -> Network | None:
+    def network(self, model_sha256: str, batch: int = 1) -> Network | None:
         """What was measured of a whole model; None when nothing was."""
-        rows = [e for e in self.entries if e.geometry is None and e.model == model_sha256[:16]]
+        name = network_name(model_sha256, batch)
+        rows = [e for e in self.entries if e.geometry is None and e.model == name]
         by_kind: dict[str, dict[str, float]] = {}
         guessed = set()
         for row in rows:
@@ -421,6 +429,11 @@ class LatencyCost:
         return self.network.factor * (share * len(self.points) + own)
 
 
+def network_name(model_sha256: str, batch: int = 1) -> str:
+    """Of a model in rows about networks: 16 digits of its hash, and its batch from 2 on."""
+    return model_sha256[:16] + (f"x{batch}" if batch > 1 else "")
+
+
 CostFunction = Callable[["Layer", Precision | None], float]
 
 
@@ -433,17 +446,22 @@ def table_path(
         target: machine.
         threads: of every run.
         cache: folder; by default the user's.
-        cpu: model of a board's processor; by default this machine's.
+        cpu: model of a board's processor; by default this machine's, or its GPU's.
     """
     from mpqc.bench import machine
     from mpqc.search.cache import default_cache
+    from mpqc.target import gpu
+
+    if cpu is None:
+        cpu = gpu().name if target.cuda else machine({})["processor"]
 
     facts = [dict(target.llvm), sorted(target.features), target.vector_bits, target.cores]
     facts += [target.cuda] if target.cuda else []
     folder = (default_cache() if cache is None else cache) / "latency"
     made = _digest([facts, threads, versions()], 16)
-    measured_on = _digest([machine({})["processor"] if cpu is None else cpu], 8)
-    return folder / f"{target.arch}-{target.vector_bits}-{made}-{measured_on}.csv"
+    measured_on = _digest([cpu], 8)
+    kind = target.cuda or f"{target.arch}-{target.vector_bits}"
+    return folder / f"{kind}-{made}-{measured_on}.csv"
 
 
 def _digest(facts: object, digits: int) -> str:
@@ -491,7 +509,8 @@ def versions() -> str:
 # Code that decides what a layer's kernel looks like.
 _KERNEL_CODE = (
     "kernels.py", "compute.py", "compute_winograd.py", "winograd.py", "accumulators.py",
-    "epilogue.py", "lowering.py", "packing.py",
+    "epilogue.py", "lowering.py", "packing.py", "cuda/codegen.py", "cuda/kernels.py",
+    "cuda/lowering.py", "cuda/packing.py", "cuda/toolkit.py", "csrc/cuda_kernels.cuh",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from mpqc.latency import (
     LatencyTable,
     LayerPoint,
     Network,
+    network_name,
     table_path,
     versions,
 )
@@ -38,6 +39,9 @@ from mpqc.plan import Plan
 from mpqc.program import Program, plan_memory
 from mpqc.runtime import CompiledModel
 from mpqc.target import Target
+
+if TYPE_CHECKING:
+    from mpqc.select_kernel import Choice, Selector
 
 WIDTHS = (1, 2, 3, 4, 8)
 CHECKS = (Precision(2, 2), Precision(4, 4), Precision(8, 8))
@@ -55,10 +59,13 @@ class Times:
     Attributes:
         steps: fastest and median seconds of each step, without the cost of the call.
         whole: fastest and median seconds of a run.
+        around: of these, what a run takes beside its steps, where they are timed apart: on a GPU
+            the start of the graph and the caller's copies.
     """
 
     steps: tuple[tuple[float, float], ...]
     whole: tuple[float, float]
+    around: tuple[float, float] = (0.0, 0.0)
 
 
 class Runner(Protocol):
@@ -107,10 +114,7 @@ class LocalRunner:
 
 class _Contestant:
     def __init__(self, model: CompiledModel) -> None:
-        generator = np.random.default_rng(0)
-        self._feeds = {
-            name: _random(generator, kind.dtype, kind.shape) for name, kind in model.inputs.items()
-        }
+        self._feeds = random_feeds(model)
         self._model = model
         self._stepper = model.steps(self._feeds)
         self._steps: list[list[float]] = []
@@ -239,6 +243,8 @@ def profile(
     repeat: int = REPEAT,
     checks: Sequence[Precision] = CHECKS,
     dims: Mapping[str, int] | None = None,
+    batch: int = 1,
+    tiles: bool = False,
     cache: Path | None = None,
     use_cache: bool = True,
     runner: Runner | None = None,
@@ -254,48 +260,47 @@ def profile(
         repeat: passes over all steps, at least.
         checks: uniform networks that are built with the table's kernels and measured whole.
         dims: values of symbolic dimensions.
+        batch: samples of one run.
+        tiles: measure tiles beside the default too; GPUs.
         cache: folder; by default the user's.
         use_cache: False measures everything anew and keeps nothing.
         runner: by default this process.
         progress: called with what is done, steps done, steps in all.
 
     Raises:
-        EnvironmentLacks: this machine cannot run the target's instructions, or the board is gone.
+        EnvironmentLacks: this machine cannot run the target's instructions, or lacks its GPU or
+            the compiler for it, or the board is gone.
         UsageError: widths outside 1 to 8, or a model without layers.
         DataError: the cache is damaged.
     """
     start = time.perf_counter()
-    if target.cuda:
-        raise UsageError(
-            f"mpqc profile does not know GPUs yet: kernels for {target.name} are chosen by a "
-            "model; benchmarks/gpu.py measures layers and networks"
-        )
     pairs = _pairs(widths)
-    runs: Runner = LocalRunner(threads) if runner is None else runner
-    if isinstance(runs, LocalRunner) and not target.runs_here:
+    if tiles and not target.cuda:
+        raise UsageError(f"--tiles is for GPUs: on {target.name} a kernel has one tile")
+    if runner is None and target.why_not_here:
         raise EnvironmentLacks(
-            f"target {target.name} does not run on this machine, and latencies are measured, not "
-            "guessed: name a board (--ssh, or --tracker and --key), or choose a target that runs "
-            "here (mpqc targets)"
+            f"{target.why_not_here}, and latencies are measured, not guessed: name a board "
+            "(--ssh, or --tracker and --key), or choose a target that runs here (mpqc targets)"
         )
+    runs = _own_runner(target, threads) if runner is None else runner
     cpu = runs.machine()
     conditions = Conditions(target.name, cpu, threads, versions())
     path = table_path(target, threads, cache, cpu) if use_cache else None
     table = LatencyTable.load(path) if path is not None and path.exists() else (
         LatencyTable(conditions)
     )  # fmt: skip
-    network = _Network.open(model, dims, target)
+    network = _Network.open(model, dims, target, batch)
     book = _Book(table, path)
     missing = {pair: network.missing(book.table, pair) for pair in pairs}
     wanted = sum(len(network.wanted(pair, kind)) for pair in pairs for kind in KINDS)
     absent = sum(len(points) for kinds in missing.values() for points in kinds.values())
     work = [(pair, kinds) for pair, kinds in missing.items() if kinds]
     steps = len(work) + len(checks) + bool(checks)
-    known = book.table.network(network.sha256)
+    known = book.table.network(network.sha256, batch)
     try:
         for done, (pair, kinds) in enumerate(work):
             progress(f"measure {pair}", done, steps)
-            book.add(_measure_pair(network, pair, list(kinds), runs, repeat))
+            book.add(_measure_pair(network, pair, list(kinds), runs, repeat, tiles))
         for index, checked in enumerate((*checks, None) if checks else ()):
             name = FLOAT if checked is None else str(checked)
             progress(f"check the whole network at {name}", len(work) + index, steps)
@@ -311,7 +316,7 @@ def profile(
     return Profile(
         table=book.table,
         points=network.points,
-        network=book.table.network(network.sha256),
+        network=book.table.network(network.sha256, batch),
         macs=network.macs,
         path=path,
         measured=absent,
@@ -327,6 +332,7 @@ def latency_cost(
     *,
     threads: int = 1,
     dims: Mapping[str, int] | None = None,
+    batch: int = 1,
     cache: Path | None = None,
 ) -> LatencyCost:
     """The latency objective of a search, from a table that is there already.
@@ -337,6 +343,7 @@ def latency_cost(
         table: of that machine; by default the one in the user's cache.
         threads: of the runs that the cached table is about.
         dims: values of symbolic dimensions.
+        batch: samples of one run.
         cache: folder; by default the user's.
 
     Raises:
@@ -346,13 +353,15 @@ def latency_cost(
     from mpqc.latency import cached_table
 
     found = cached_table(target, threads, cache) if table is None else table
-    advice = f"run mpqc profile {model} --target {target.name} first"
+    more = f" --batch {batch}" if batch > 1 else ""
+    advice = f"run mpqc profile {model} --target {target.name}{more} first"
     if found is None:
         raise UsageError(f"no latencies of {target.name} on this machine are known: {advice}")
-    network = _Network.open(model, dims, target)
-    whole = found.network(network.sha256)
+    network = _Network.open(model, dims, target, batch)
+    whole = found.network(network.sha256, batch)
     if whole is None:
-        raise UsageError(f"the latency table holds no whole network of {model}: {advice}")
+        of_batch = f" at batch {batch}" if batch > 1 else ""
+        raise UsageError(f"the latency table holds no whole network of {model}{of_batch}: {advice}")
     return LatencyCost(found, network.points, whole, network.macs)
 
 
@@ -378,18 +387,21 @@ class _Network:
     sha256: str
     target: Target
     macs: int
+    batch: int = 1
 
     @classmethod
-    def open(cls, model: str | Path, dims: Mapping[str, int] | None, target: Target) -> "_Network":
+    def open(
+        cls, model: str | Path, dims: Mapping[str, int] | None, target: Target, batch: int
+    ) -> "_Network":
         from mpqc.pipeline import Options, calibrate_plan, import_model
 
-        graph = import_model(model, dims)
+        graph = import_model(model, dims, batch)
         plan = Plan.uniform(graph, Precision(8, 8), None)
         if not plan.layers:
             raise UsageError(why_none(graph))
         calibration = calibrate_plan(graph, plan, _random_data(graph), Options(target))
         macs = sum(layer.macs for layer in find_layers(graph))
-        bare = cls(graph, calibration, plan, {}, importer.sha256(model), target, macs)
+        bare = cls(graph, calibration, plan, {}, importer.sha256(model), target, macs, batch)
         return replace(bare, points=layer_points(bare.quantized(Precision(4, 4))))
 
     def quantized(self, precision: Precision) -> Graph:
@@ -405,7 +417,8 @@ class _Network:
         """Points that a kind of kernel can run."""
         from mpqc.latency_model import exists
 
-        lut = kind != "bitplane-lut" or self.target.arch == "x86_64"
+        known = self.target.arch == "x86_64" and not self.target.cuda
+        lut = kind != "bitplane-lut" or known
         return {
             point for point in self.points.values()
             if lut and exists(kind, point.geometry, precision)
@@ -484,47 +497,80 @@ def _epilogue(graph: Graph, nodes: Sequence[Node]) -> str:
 
 
 def _measure_pair(
-    network: _Network, precision: Precision, kinds: Sequence[str], runner: Runner, repeat: int
+    network: _Network,
+    precision: Precision,
+    kinds: Sequence[str],
+    runner: Runner,
+    repeat: int,
+    tiles: bool,
 ) -> list[Entry]:
     """Rows of all layers at one width pair."""
     from mpqc.lowering import lower
-    from mpqc.select_kernel import Selector
 
     graph = network.quantized(precision)
-    entries: list[Entry] = []
+    entries: dict[tuple[LayerPoint, str], Entry] = {}
     with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
-        programs: dict[str, Program] = {}
+        programs: list[Program] = []
         libraries = []
-        selectors = {kind: Selector(network.target, kind) for kind in kinds}
-        for kind, selector in selectors.items():
-            programs[kind] = lower(graph, network.target, selector)
-            libraries.append(_build(programs[kind], network.target, Path(folder, f"{kind}.so")))
-        for (kind, program), times in zip(
-            programs.items(), runner.measure(libraries, repeat), strict=True
+        selectors = [each for kind in kinds for each in _candidates(network.target, kind, tiles)]
+        for index, selector in enumerate(selectors):
+            programs.append(lower(graph, network.target, selector))
+            libraries.append(_build(programs[-1], network.target, Path(folder, f"{index}.so")))
+        for selector, program, times in zip(
+            selectors, programs, runner.measure(libraries, repeat), strict=True
         ):
             layers, _ = attribute(program, times)
+            kind = selector.kernel
             samples: dict[LayerPoint, list[_Sample]] = {}
             for node in graph:
                 if node.name not in layers:
                     continue
-                choice = selectors[kind].choose(graph, node)
+                choice = selector.choose(graph, node)
                 if choice.kind == kind:
-                    tile = choice.tile
-                    sample = _Sample(
-                        *layers[node.name], choice.variant,
-                        f"{tile.pixels}x{tile.vectors}x{tile.lanes}",
-                    )  # fmt: skip
+                    sample = _Sample(*layers[node.name], choice.variant, _tile_name(choice))
                     samples.setdefault(network.points[node.name], []).append(sample)
             widths = precision.weight, precision.activation
-            entries += [
-                Entry(
+            for point, found in samples.items():
+                entry = Entry(
                     point.geometry, point.epilogue, *widths, kind, found[0].variant,
                     found[0].tile, statistics.fmean(s.best for s in found),
                     statistics.fmean(s.median for s in found),
-                )
-                for point, found in samples.items()
-            ]  # fmt: skip
-    return entries
+                )  # fmt: skip
+                fastest = entries.get((point, kind), entry)
+                if entry.seconds_min <= fastest.seconds_min:
+                    entries[point, kind] = entry
+    return list(entries.values())
+
+
+def _candidates(target: Target, kind: str, tiles: bool) -> "Sequence[Selector]":
+    """What is built to measure one kind of kernel; the fastest of them makes the row."""
+    from mpqc.select_kernel import Selector
+
+    if not target.cuda:
+        return [Selector(target, kind)]
+    from mpqc.cuda.select import candidates
+
+    return candidates(target, kind, tiles)
+
+
+def _tile_name(choice: "Choice") -> str:
+    from mpqc.cuda.select import CudaChoice
+
+    if isinstance(choice, CudaChoice):
+        return "" if choice.blocks is None else choice.blocks.name
+    return f"{choice.tile.pixels}x{choice.tile.vectors}x{choice.tile.lanes}"
+
+
+def _own_runner(target: Target, threads: int) -> Runner:
+    """Of this machine."""
+    if not target.cuda:
+        return LocalRunner(threads)
+    from mpqc.cuda.measure import DeviceRunner
+    from mpqc.cuda.toolkit import require
+    from mpqc.model_source import Form
+
+    require(Form(), target)  # said before the work, not after it
+    return DeviceRunner()
 
 
 @dataclass(frozen=True)
@@ -564,7 +610,7 @@ def _check(
     bits = (32, 32) if precision is None else (precision.weight, precision.activation)
 
     def row(kernel: str, best: float, median: float) -> Entry:
-        model = network.sha256[:16]
+        model = network_name(network.sha256, network.batch)
         return Entry(None, "", *bits, kernel, "", "", best, median, model=model)
 
     rows = [row("whole", *times.whole)]
@@ -596,7 +642,7 @@ def attribute(program: Program, times: Times) -> tuple[dict[str, Pair], Pair]:
     A step that prepares the input of several layers is shared by them.
     """
     layers: dict[str, list[Pair]] = {record.name: [] for record in program.layers}
-    rest: list[Pair] = []
+    rest: list[Pair] = [times.around]
     readers: dict[str, list[int]] = {}
     for index, step in enumerate(program.steps):
         for name in step.inputs:
@@ -632,6 +678,12 @@ def _pairs(widths: Iterable[int]) -> list[Precision]:
 
 
 # ------------------------------------------------------------------------------------- inputs
+
+
+def random_feeds(model: CompiledModel) -> dict[str, Array]:
+    """Inputs of a model: normal floats, small integers."""
+    generator = np.random.default_rng(0)
+    return {name: _random(generator, kind.dtype, kind.shape) for name, kind in model.inputs.items()}
 
 
 def _random(generator: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Array:

@@ -306,12 +306,37 @@ class CompiledModel:
         Raises:
             UsageError: the model runs on the CPU.
         """
-        if not hasattr(self._library, "mpqc_device_seconds"):
+        if not self.on_gpu:
             raise UsageError(f"{self.path} runs on the CPU: time it from outside")
         found = ctypes.c_double()
         function = self._library.mpqc_device_seconds
         function.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_double))
         self._check(function(self._handle, ctypes.byref(found)), "cannot read the GPU's time")
+        return found.value
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU runs the model."""
+        return hasattr(self._library, "mpqc_time_step")
+
+    def time_step(self, index: int, times: int) -> float:
+        """Mean time that the GPU takes for a step that runs so many times in a row [s].
+
+        The runs start together, as all steps of a whole run do. Values inside the model mean
+        nothing afterwards.
+
+        Raises:
+            UsageError: the model runs on the CPU.
+        """
+        if not self.on_gpu:
+            raise UsageError(f"{self.path} runs on the CPU: time it from outside")
+        found = ctypes.c_double()
+        function = self._library.mpqc_time_step
+        function.argtypes = (
+            ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_double),
+        )  # fmt: skip
+        status = function(self._handle, index, times, ctypes.byref(found))
+        self._check(status, f"cannot time step {index}")
         return found.value
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -53,6 +53,21 @@ class Target:
             return False
         return not self.cuda or gpu_capability() >= int(self.cuda.removeprefix("sm_"))
 
+    @property
+    def why_not_here(self) -> str:
+        """What keeps it from running on this machine; empty when nothing does."""
+        if self.runs_here:
+            return ""
+        host = native()
+        if not self.cuda or self.arch != host.arch:
+            return f"target {self.name} does not run on this machine"
+        if not gpu_capability():
+            return f"target {self.name} needs a GPU, and no CUDA driver with a GPU is found here"
+        return (
+            f"target {self.name} does not run on this machine's {gpu().name}, which is "
+            f"sm_{gpu_capability()}"
+        )
+
 
 def _x86(name: str, mcpu: str, bits: int, features: str, about: str, *mattr: str) -> Target:
     llvm: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}
@@ -128,20 +143,40 @@ def host_flags() -> frozenset[str]:
     return frozenset()
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """This machine's first GPU.
+
+    Attributes:
+        name: as the driver says it.
+        capability: compute capability, 90 for 9.0; 0 without driver or GPU.
+    """
+
+    name: str = ""
+    capability: int = 0
+
+
 @cache
-def gpu_capability() -> int:
-    """Compute capability of this machine's first GPU, 90 for 9.0; 0 without driver or GPU."""
+def gpu() -> Gpu:
+    """What the driver says of the first GPU."""
     try:
         driver = ctypes.CDLL(os.environ.get("MPQC_CUDA_DRIVER", "libcuda.so.1"))
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        name = ctypes.create_string_buffer(128)
         if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-            return 0
+            return Gpu()
         for value, attribute in ((major, 75), (minor, 76)):  # numbers of cuda.h
             if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-                return 0
+                return Gpu()
+        driver.cuDeviceGetName(name, len(name), device)
     except (OSError, AttributeError):
-        return 0
-    return 10 * major.value + minor.value
+        return Gpu()
+    return Gpu(name.value.decode("utf-8", "replace"), 10 * major.value + minor.value)
+
+
+def gpu_capability() -> int:
+    """Compute capability of this machine's first GPU, 90 for 9.0; 0 without driver or GPU."""
+    return gpu().capability
 
 
 @cache

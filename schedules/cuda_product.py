@@ -33,6 +33,11 @@ class ProductTile:
     warp_columns: int = 16
 
     @property
+    def name(self) -> str:
+        """As latency tables write it: rows x columns x words."""
+        return f"{self.rows}x{self.columns}x{self.depth}"
+
+    @property
     def threads(self) -> int:
         if self.mma:
             return self.rows // self.warp_rows * (self.columns // self.warp_columns) * 32
@@ -53,9 +58,15 @@ _TENSOR_CORES = (
 
 
 def product_tile(
-    rows: int, columns: int, depth: int, planes: tuple[int, int], sums: bool, mma: bool
+    rows: int,
+    columns: int,
+    depth: int,
+    planes: tuple[int, int],
+    sums: bool,
+    mma: bool,
+    beside: int = 0,
 ) -> ProductTile:
-    """Default tile.
+    """Default tile, or one beside it.
 
     Args:
         rows: output pixels.
@@ -64,19 +75,38 @@ def product_tile(
         planes: of data and weights; 1 for bytes.
         sums: the kernel also sums the codes under each window.
         mma: on the tensor cores.
+        beside: so many places behind the default in the order of sizes: 1 is the next smaller.
     """
-    shapes = _TENSOR_CORES if mma else _CUDA_CORES
-    fitting = [
-        tile
-        for high, wide, *warp in shapes
-        for words in (32, 16, 8)
-        if words <= max(8, -(-depth // 8) * 8)
-        for tile in (ProductTile(mma, high, wide, words, *warp),)
-        if 4 * tile.shared_words(*planes, sums) <= SHARED_BYTES
-    ]
-    wide = max(32, -(-columns // 32) * 32)
-    narrow = [tile for tile in fitting if tile.columns <= wide] or fitting
-    for tile in narrow:
-        if -(-rows // tile.rows) * -(-columns // tile.columns) >= ENOUGH_BLOCKS:
-            return tile
-    return max(narrow, key=lambda tile: (-tile.rows * tile.columns, tile.depth))
+    tiles = _tiles(columns, depth, planes, sums, mma)
+    enough = (
+        index
+        for index, tile in enumerate(tiles)
+        if -(-rows // tile.rows) * -(-columns // tile.columns) >= ENOUGH_BLOCKS
+    )
+    least = max(
+        range(len(tiles)), key=lambda i: (-tiles[i].rows * tiles[i].columns, tiles[i].depth)
+    )
+    return tiles[min(max(0, next(enough, least) + beside), len(tiles) - 1)]
+
+
+def named_tile(
+    name: str, columns: int, depth: int, planes: tuple[int, int], sums: bool, mma: bool
+) -> ProductTile | None:
+    """The tile of that name (``ProductTile.name``), if a layer can have it; see ``product_tile``."""
+    tiles = _tiles(columns, depth, planes, sums, mma)
+    return next((tile for tile in tiles if tile.name == name), None)
+
+
+def _tiles(
+    columns: int, depth: int, planes: tuple[int, int], sums: bool, mma: bool
+) -> list[ProductTile]:
+    """Tiles that fit, each as deep as fits; large ones first."""
+    fitting: dict[tuple[int, int], ProductTile] = {}
+    for high, wide, *warp in _TENSOR_CORES if mma else _CUDA_CORES:
+        for words in (32, 16, 8):
+            tile = ProductTile(mma, high, wide, words, *warp)
+            fits = 4 * tile.shared_words(*planes, sums) <= SHARED_BYTES
+            if fits and words <= max(8, -(-depth // 8) * 8):
+                fitting.setdefault((high, wide), tile)
+    most = max(32, -(-columns // 32) * 32)
+    return [t for t in fitting.values() if t.columns <= most] or list(fitting.values())

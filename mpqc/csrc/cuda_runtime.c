@@ -187,18 +187,25 @@ static size_t at_least_one(size_t bytes) {
   return bytes ? bytes : 1;
 }
 
+/* A copy from pageable memory returns once the driver has taken the bytes, and our streams do not
+ * wait for the default one, on which they travel. */
+static int arrived(void) {
+  TRY(cu.wait(NULL), "copy of the weights");
+  return MPQC_OK;
+}
+
 static int load_weights(void) {
   TRY(cu.allocate(&shared.weights, at_least_one(MPQC_WEIGHT_BYTES + MPQC_SHARED_BYTES)), "weights");
   if (!MPQC_WEIGHT_BYTES && !MPQC_SHARED_BYTES) return MPQC_OK;
   TRY(cu.to_device(shared.weights, mpqc_weights, MPQC_WEIGHT_BYTES), "copy of the weights");
-  if (!MPQC_SHARED_BYTES) return MPQC_OK;
+  if (!MPQC_SHARED_BYTES) return arrived();
   uint8_t* wide = calloc(1, MPQC_SHARED_BYTES);
   if (!wide) return fail(MPQC_OUT_OF_MEMORY, "out of memory for weights");
   for (int i = 0; i < mpqc_narrows_n; i++) widen(&mpqc_narrows[i], wide);
   cu_result code = cu.to_device(shared.weights + MPQC_WEIGHT_BYTES, wide, MPQC_SHARED_BYTES);
   free(wide);
   TRY(code, "copy of the weights");
-  return MPQC_OK;
+  return arrived();
 }
 
 static int load_code(void) {

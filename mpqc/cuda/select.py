@@ -1,4 +1,4 @@
-"""Which kernel runs a layer on a GPU: a model of its instruction rates, or as asked.
+"""Which kernel runs a layer on a GPU: as asked, as measured, or by a model of its instructions.
 
 The rates are multiply-accumulates that one multiprocessor issues a cycle, from NVIDIA's tables of
 instruction throughput and its architecture papers; nothing here was measured. docs/cuda.md says
@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 from mpqc.cuda.kernels import QUAD, WORD, ProductLayer
-from mpqc.graph import Graph, Node
+from mpqc.graph import Graph, Node, Precision
+from mpqc.latency import Entry, Geometry
 from mpqc.schedules.conv_cpu import Tile
-from mpqc.schedules.cuda_product import ProductTile, product_tile
-from mpqc.select_kernel import Choice, Selector, geometry, has_codes
+from mpqc.schedules.cuda_product import ProductTile, named_tile, product_tile
+from mpqc.select_kernel import Choice, Selector, geometry, has_codes, table_geometry
+from mpqc.target import Target
 
 POPCOUNT, TENSOR_BITS, DOT, TENSOR_BYTES, DIRECT = (
     "and-popcount", "mma-b1", "dp4a", "mma-s8", "multiply-add",
@@ -74,16 +76,58 @@ class CudaChoice(Choice):
 
 
 @dataclass(frozen=True)
+class Candidate(Selector):
+    """What ``mpqc profile`` measures: one instruction and size of tile, wherever layers have them.
+
+    Attributes:
+        variant: instruction; layers that cannot have it take what the model says.
+        beside: places of the tile behind the default.
+    """
+
+    variant: str = ""
+    beside: int = 0
+
+    def choose(self, graph: Graph, node: Node) -> CudaChoice:
+        """As ``Selector.choose``."""
+        selector = CudaSelector(self.target.cuda, self, self.variant, self.beside)
+        return selector.choose(graph, node)
+
+
+def candidates(target: Target, kind: str, tiles: bool) -> list[Candidate]:
+    """Ways to run layers with one kind of kernel, each for a library of its own.
+
+    Args:
+        target: GPU.
+        kind: "bitplane" or "int8".
+        tiles: also the next smaller and the next larger tile.
+    """
+    known = RATES[target.cuda]
+    rates = {
+        "bitplane": {POPCOUNT: known.popcount, TENSOR_BITS: known.bits},
+        "int8": {DOT: known.dot, TENSOR_BYTES: known.bytes},
+    }[kind]
+    return [
+        Candidate(target, kind, variant=variant, beside=beside)
+        for variant, rate in rates.items()
+        if rate
+        for beside in ((0, 1, -1) if tiles else (0,))
+    ]
+
+
+@dataclass(frozen=True)
 class CudaSelector:
     """Chooses kernels for a GPU.
 
     Attributes:
         arch: "sm_90" and the like.
-        asked: what the user asked for, by layer and for all.
+        asked: what the user asked for, by layer and for all, and what was measured.
+        variant, beside: of a ``Candidate``.
     """
 
     arch: str
     asked: Selector
+    variant: str = ""
+    beside: int = 0
 
     def choose(self, graph: Graph, node: Node) -> CudaChoice:
         """Decide for an IntConv or IntMatMul node of a channels-last graph."""
@@ -99,52 +143,87 @@ class CudaSelector:
         if has_codes(node, weight):
             shapes["bitplane"] = ProductLayer(layer, source, pads, zero, True)
             forms["bitplane"] = self._planes(shapes["bitplane"])
-        rates = {kind: rate for kind, (_, rate) in forms.items()}
+        rates = {kind: max(found.values()) for kind, found in forms.items()}
+        where = table_geometry(node.op, layer, pads, source)
+        precision = Precision(layer.weight_bits, layer.activation_bits)
         kind, reason, chosen = asked, "", "asked"
         if asked == "auto":
-            kind, chosen = max(rates, key=rates.__getitem__), "model"
+            kind, chosen = self._fastest(where, precision, rates)
         elif asked not in forms and asked == "bitplane-lut":
             kind = "bitplane" if "bitplane" in forms else "int8"
             reason = "no bitplane-lut kernel: GPUs have no byte shuffle"
         elif asked not in forms:
             kind, reason = "int8", f"no {asked} kernel: its weights have no code of eight bits"
-        variant = forms[kind][0]
+        table = self.asked.table
+        row = None if table is None else table.best_row(where, precision, kind)
+        variant = self._variant(forms[kind], row)
         shape = shapes[kind]
-        blocks = None if variant == DIRECT else self._tile(shape, variant)
         return CudaChoice(
             kind, variant, layer, Tile(1, 1, 1), pads, source, rates, reason, chosen,
-            shape=shape, blocks=blocks,
+            shape=shape, blocks=self._blocks(shape, variant, row),
         )  # fmt: skip
 
-    def _tile(self, shape: ProductLayer, variant: str) -> ProductTile:
+    def _fastest(
+        self, where: Geometry, precision: Precision, rates: Mapping[str, float]
+    ) -> tuple[str, str]:
+        """Kind, and what says so: a table that knows the layer's shape, else the model."""
+        table = self.asked.table
+        if table is not None and table.knows(where):
+            kind, measured = table.best_kernel(where, precision)
+            if kind in rates:
+                return kind, "measured" if measured else "model"
+        return max(rates, key=rates.__getitem__), "model"
+
+    def _variant(self, rates: Mapping[str, float], row: Entry | None) -> str:
+        """The candidate's, the fastest of those measured, or the fastest by the model."""
+        for wanted in (self.variant, "" if row is None else row.variant):
+            if wanted in rates:
+                return wanted
+        return max(rates, key=rates.__getitem__)
+
+    def _blocks(self, shape: ProductLayer, variant: str, row: Entry | None) -> ProductTile | None:
+        if variant == DIRECT:
+            return None
+        if row is not None and row.variant == variant and not self.variant:
+            mma = variant in _TENSOR_CORES
+            found = named_tile(
+                row.tile, shape.layer.group_out, shape.depth, _planes_of(shape), shape.sums, mma
+            )
+            if found is not None:
+                return found
+        return self._tile(shape, variant, self.beside)
+
+    def _tile(self, shape: ProductLayer, variant: str, beside: int = 0) -> ProductTile:
         return product_tile(
-            shape.rows, shape.layer.group_out, shape.depth,
-            (shape.data_planes, shape.weight_planes), shape.sums,
-            variant in _TENSOR_CORES,
+            shape.rows, shape.layer.group_out, shape.depth, _planes_of(shape), shape.sums,
+            variant in _TENSOR_CORES, beside,
         )  # fmt: skip
 
-    def _planes(self, shape: ProductLayer) -> tuple[str, float]:
-        """Variant of the bitplane kernel, and its rate."""
+    def _planes(self, shape: ProductLayer) -> dict[str, float]:
+        """Rates of the bitplane kernel by variant."""
         known, pairs = RATES[self.arch], shape.data_planes * shape.weight_planes
-        peaks = {POPCOUNT: known.popcount / pairs, TENSOR_BITS: known.bits / pairs}
-        return self._faster(shape, peaks)
+        return self._rates(
+            shape, {POPCOUNT: known.popcount / pairs, TENSOR_BITS: known.bits / pairs}
+        )
 
-    def _bytes(self, shape: ProductLayer, fits: bool) -> tuple[str, float]:
-        """Variant of the int8 kernel, and its rate; weights fit into one or two bytes."""
+    def _bytes(self, shape: ProductLayer, fits: bool) -> dict[str, float]:
+        """Rates of the int8 kernel by variant; whether weights fit into one or two bytes."""
         known, layer, parts = RATES[self.arch], shape.layer, shape.weight_planes
         few = layer.groups > 1 and (layer.group_out < LEAST_GROUP or layer.group_in < LEAST_GROUP)
         if few or not fits:
-            return DIRECT, known.direct * _CUDA_CORES_REACHED
-        return self._faster(shape, {DOT: known.dot / parts, TENSOR_BYTES: known.bytes / parts})
+            return {DIRECT: known.direct * _CUDA_CORES_REACHED}
+        return self._rates(shape, {DOT: known.dot / parts, TENSOR_BYTES: known.bytes / parts})
 
-    def _faster(self, shape: ProductLayer, peaks: Mapping[str, float]) -> tuple[str, float]:
+    def _rates(self, shape: ProductLayer, peaks: Mapping[str, float]) -> dict[str, float]:
         def rate(variant: str) -> float:
             filled = _filled(shape, self._tile(shape, variant))
             return _streamed(shape, peaks[variant] * filled * _reached(variant))
 
-        found = {variant: rate(variant) for variant, peak in peaks.items() if peak}
-        best = max(found, key=found.__getitem__)
-        return best, found[best]
+        return {variant: rate(variant) for variant, peak in peaks.items() if peak}
+
+
+def _planes_of(shape: ProductLayer) -> tuple[int, int]:
+    return shape.data_planes, shape.weight_planes
 
 
 def _reached(variant: str) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from mpqc.target import gpu as gpu_here
 from tests.cuda.emulation import Emulator
 
 
@@ -19,3 +20,4 @@ def gpu(emulator: Emulator) -> Iterator[Emulator]:
     with pytest.MonkeyPatch.context() as patch:
         emulator.install(patch)
         yield emulator
+    gpu_here.cache_clear()

@@ -2,11 +2,14 @@
 //
 // A "fat binary" is the text MPQC-EMULATED:PATH; PATH is a library that emulated.h made of the
 // generated source. Device memory starts as garbage and ends at a page that cannot be touched.
+// What is started on a stream happens when somebody waits for the stream, not before: copies from
+// pageable memory wait for the default stream, everything else for the stream of its own.
 // MPQC_EMULATED_FAIL=cuMemAlloc_v2:2:1 makes that call fail with code 2 after it went well once.
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,11 +20,13 @@
 #include <vector>
 
 using kernel = void (*)(const unsigned*, const unsigned*, void**);
+using moment = std::chrono::steady_clock::time_point;
 using work = std::vector<std::function<void()>>;
 
 static std::map<uintptr_t, std::pair<char*, size_t>> blocks;
 static std::map<std::string, int> calls;
 static work* recording;
+static work started, copies;  // on the stream, on the default stream
 static int contexts;
 
 // Every call of the interface passes here: planned failures, and whether a context is current.
@@ -106,14 +111,19 @@ int cuMemAllocHost_v2(void** pointer, size_t bytes) {
 }
 int cuMemFreeHost(void* pointer) { IN_CONTEXT; std::free(pointer); return 0; }
 
-static int now_or_later(std::function<void()> task) {
-  if (recording) recording->push_back(task);
-  else task();
+static int later(std::function<void()> task) {
+  (recording ? *recording : started).push_back(task);
   return 0;
+}
+static void go(work& tasks) {
+  for (auto& task : tasks) task();
+  tasks.clear();
 }
 int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
   IN_CONTEXT;
-  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  const char* start = static_cast<const char*>(from);
+  std::vector<char> taken(start, start + bytes);
+  copies.push_back([=] { std::memcpy(reinterpret_cast<void*>(to), taken.data(), bytes); });
   return 0;
 }
 int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
@@ -123,11 +133,11 @@ int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
   IN_CONTEXT;
-  return now_or_later([=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); });
+  return later([=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); });
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
   IN_CONTEXT;
-  return now_or_later([=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
+  return later([=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                    unsigned bz, unsigned, void*, void** arguments, void** pointers) {
@@ -137,7 +147,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   static const int most = 64;
   std::vector<uint64_t> values;
   for (int i = 0; i < most && arguments[i]; i++) values.push_back(*static_cast<uint64_t*>(arguments[i]));
-  return now_or_later([=] {
+  return later([=] {
     std::vector<uint64_t> held = values;
     std::vector<void*> places;
     for (auto& value : held) places.push_back(&value);
@@ -148,7 +158,15 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
 
 int cuStreamCreate(void** stream, unsigned) { IN_CONTEXT; *stream = &recording; return 0; }
 int cuStreamDestroy_v2(void*) { IN_CONTEXT; return 0; }
-int cuStreamSynchronize(void*) { IN_CONTEXT; return 0; }
+int cuStreamSynchronize(void* stream) {
+  if (int code = planned(__func__)) {
+    started.clear();  // lost with the device
+    return code;
+  }
+  if (!contexts) return 201;
+  go(stream ? started : copies);
+  return 0;
+}
 int cuStreamBeginCapture_v2(void*, int) { IN_CONTEXT; recording = new work; return 0; }
 int cuStreamEndCapture(void*, void** graph) {
   ENTER;
@@ -165,14 +183,22 @@ int cuGraphDestroy(void* graph) { ENTER; delete static_cast<work*>(graph); retur
 int cuGraphExecDestroy(void* exec) { ENTER; delete static_cast<work*>(exec); return 0; }
 int cuGraphLaunch(void* exec, void*) {
   IN_CONTEXT;
-  for (auto& task : *static_cast<work*>(exec)) task();
+  for (auto& task : *static_cast<work*>(exec)) started.push_back(task);
   return 0;
 }
 
-int cuEventCreate(void** event, unsigned) { IN_CONTEXT; *event = &contexts; return 0; }
-int cuEventDestroy_v2(void*) { IN_CONTEXT; return 0; }
-int cuEventRecord(void*, void*) { IN_CONTEXT; return 0; }
-int cuEventElapsedTime(float* milliseconds, void*, void*) { IN_CONTEXT; *milliseconds = 1; return 0; }
+int cuEventCreate(void** event, unsigned) { IN_CONTEXT; *event = new moment; return 0; }
+int cuEventDestroy_v2(void* event) { IN_CONTEXT; delete static_cast<moment*>(event); return 0; }
+int cuEventRecord(void* event, void*) {
+  IN_CONTEXT;
+  return later([=] { *static_cast<moment*>(event) = std::chrono::steady_clock::now(); });
+}
+int cuEventElapsedTime(float* milliseconds, void* begin, void* end) {
+  IN_CONTEXT;
+  const auto time = *static_cast<moment*>(end) - *static_cast<moment*>(begin);
+  *milliseconds = std::chrono::duration<float, std::milli>(time).count();
+  return 0;
+}
 int cuGetErrorString(int code, const char** text) {
   *text = code == 2 ? "out of memory" : code == 100 ? "no CUDA-capable device is detected"
                                                     : "an error of the emulator";

@@ -61,21 +61,22 @@ inline void body() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-// Let waiting threads go on whose companions all wait too.
-inline bool release() {
-  bool any = false, whole = true;
-  for (int t = 0; t < threads; t++) whole &= fibers[t].state == BLOCK;
-  if (whole) {
-    for (int t = 0; t < threads; t++) fibers[t].state = READY;
-    return true;
+// Run the threads of a warp until all of them have ended or wait for the block: warps drift apart as
+// far as barriers let them, so that a missing one is noticed.
+inline void run_warp(int first) {
+  for (;;) {
+    for (int n = 0; n < WARP; n++) {
+      const int t = first + (backwards ? WARP - 1 - n : n);
+      if (t >= threads || fibers[t].state != READY) continue;
+      current = t;
+      threadIdx = fibers[t].index;
+      swapcontext(&scheduler, &fibers[t].context);
+    }
+    bool together = true;
+    for (int t = first; t < first + WARP; t++) together &= t < threads && fibers[t].state == LANES;
+    if (!together) return;
+    for (int t = first; t < first + WARP; t++) fibers[t].state = READY;
   }
-  for (int first = 0; first < threads; first += WARP) {
-    bool lanes = true;
-    for (int t = first; t < first + WARP; t++) lanes &= t < threads && fibers[t].state == LANES;
-    for (int t = first; lanes && t < first + WARP; t++) fibers[t].state = READY;
-    any |= lanes;
-  }
-  return any;
 }
 
 inline void run_block() {
@@ -100,24 +101,19 @@ inline void run_block() {
   }
   if (serial) return;
   for (;;) {
-    int done = 0;
-    for (int n = 0; n < threads; n++) {
-      const int t = backwards ? threads - 1 - n : n;
-      if (fibers[t].state == READY) {
-        current = t;
-        threadIdx = fibers[t].index;
-        swapcontext(&scheduler, &fibers[t].context);
-      }
+    const int warps = (threads + WARP - 1) / WARP;
+    for (int n = 0; n < warps; n++) run_warp(WARP * (backwards ? warps - 1 - n : n));
+    int done = 0, blocked = 0;
+    for (int t = 0; t < threads; t++) {
       done += fibers[t].state == DONE;
+      blocked += fibers[t].state == BLOCK;
     }
     if (done == threads) return;
-    if (!release()) {
-      bool ready = false;
-      for (int t = 0; t < threads; t++) ready |= fibers[t].state == READY;
-      if (ready) continue;
+    if (blocked != threads) {
       std::fprintf(stderr, "block %d: a barrier that only some threads reach\n", blockIdx.x);
       std::abort();
     }
+    for (int t = 0; t < threads; t++) fibers[t].state = READY;
   }
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpqc.cuda import toolkit
+from mpqc.target import gpu
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
@@ -85,3 +86,4 @@ class Emulator:
         """Until the patch is undone, libraries are made for and run on the emulated GPU."""
         patch.setattr(toolkit, "compile_fat_binary", self.fat_binary)
         patch.setenv("MPQC_CUDA_DRIVER", str(self.driver))
+        gpu.cache_clear()
