@@ -92,7 +92,7 @@ def product_tile(
 def named_tile(
     name: str, columns: int, depth: int, planes: tuple[int, int], sums: bool, mma: bool
 ) -> ProductTile | None:
-    """The tile of that name (``ProductTile.name``), if a layer can have it; see ``product_tile``."""
+    """The tile of that ``ProductTile.name``, if a layer can have it; see ``product_tile``."""
     tiles = _tiles(columns, depth, planes, sums, mma)
     return next((tile for tile in tiles if tile.name == name), None)
 
