@@ -354,12 +354,26 @@ def _round_up(value: int, step: int) -> int:
 
 # Multiply-accumulates below which waking other threads costs more than it saves: a few
 # microseconds of work.
-WORTH_THREADS = 1 << 20
+WORTH_THREADS = 1 << 18
+MOST_BANDS = 8  # of rows: a thread's part of the image stays in its cache from layer to layer
+BANDED = 256 << 10  # bytes of weights that may be read again for each band
+THREADS_SHARE = 32  # rows, at least, of what has no shape of its own
 
 
-def _threads(layer: Layer, pairs: bool = False) -> bool:
+def _bands(layer: Layer, weight: Any, rows: int = 1, *, pairs: bool = False) -> int:
+    """Of rows, for the threads; 0: not worth any. See ``conv_cpu.share_out``.
+
+    Args:
+        layer: geometry.
+        weight: placeholder of the packed weights.
+        rows: of a patch.
+        pairs: whether work grows with the product of the widths.
+    """
     work = prod(layer.out_shape) * layer.reduction
-    return work * (layer.weight_bits * layer.activation_bits if pairs else 1) >= WORTH_THREADS
+    if work * (layer.weight_bits * layer.activation_bits if pairs else 1) < WORTH_THREADS:
+        return 0
+    size = prod(int(extent) for extent in weight.shape) * (2 if weight.dtype == "int16" else 1)
+    return largest_divisor(layer.window.oh // rows, MOST_BANDS) if size <= BANDED else 1
 
 
 def _exact(
@@ -430,7 +444,7 @@ def bitplane_kernel(
         [planes, weight, *correction, *sums, *holders],
         results,
         lambda sch: schedule(
-            sch, tile, layer.out_channels, names, threads=_threads(layer, pairs=True)
+            sch, tile, layer.out_channels, names, bands=_bands(layer, weight, pairs=True)
         ),
         instruction,
     )
@@ -543,7 +557,7 @@ def lut_kernel(
         lambda sch: conv_cpu.lut_conv(
             sch, tile, layer.out_channels, names, instruction=shuffle, halves=halves,
             evens=lut_vector(layer, tile, instruction) > 0, rows=lut_rows(layer, slices),
-            threads=_threads(layer),
+            bands=_bands(layer, weight, lut_rows(layer, slices)),
         ),
         instruction,
     )  # fmt: skip
@@ -629,7 +643,12 @@ def dot_kernel(
         [codes, weight, *correction, *holders],
         results,
         lambda sch: (conv_cpu.half_conv if dot.halves else conv_cpu.dot_conv)(
-            sch, tile, layer.out_channels, names, instruction=instruction, threads=_threads(layer)
+            sch,
+            tile,
+            layer.out_channels,
+            names,
+            instruction=instruction,
+            bands=_bands(layer, weight),
         ),
         instruction,
     )
@@ -702,7 +721,8 @@ def winograd_kernel(
         lambda sch: winograd_cpu.winograd_conv(
             sch, tile,
             winograd_patch(layer, tile), channels, names,
-            instruction=instruction, halves=bool(dot.halves), ahead=ahead, threads=_threads(layer),
+            instruction=instruction, halves=bool(dot.halves), ahead=ahead,
+            bands=_bands(layer, weight, 2 * winograd_patch(layer, tile)[0]),
         ),
         f"{WINOGRAD}{instruction}",
     )  # fmt: skip
@@ -724,7 +744,7 @@ def grouped_kernel(
         [codes, weight, *correction, *holders],
         results,
         lambda sch: conv_cpu.grouped_conv(
-            sch, tile, layer.out_channels, names, threads=_threads(layer)
+            sch, tile, layer.out_channels, names, bands=_bands(layer, weight)
         ),
         "multiply-add",
     )
@@ -741,7 +761,8 @@ def elementwise_kernel(
     if flat and not any(output.planes for output in outputs):
         total = prod(shape)
         lanes = largest_divisor(total, 64)
-        rows = largest_divisor(total // lanes, 4096)
+        most = min(4096, total // lanes // THREADS_SHARE)
+        rows = largest_divisor(total // lanes, max(1, most))
         shape = (1, total // lanes // rows, rows, lanes)
     holders, results, names = _stages(shape, None, operands, outputs)
     return _kernel(holders, results, lambda sch: simple_cpu.elementwise(sch, names), "elementwise")

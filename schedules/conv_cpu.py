@@ -42,15 +42,35 @@ class Tile:
         return self.vectors * self.lanes
 
 
-def _outer(sch: Schedule, acc: Any, tile: Tile, threads: bool) -> tuple[Any, list[Any]]:
+def share_out(sch: Schedule, o: Any, n: Any, y: Any, bands: int) -> Any:
+    """Fuse the loops over blocks, images and rows, which follow each other, and share them out.
+
+    Args:
+        sch: schedule.
+        o: loop over blocks of output channels.
+        n: loop over images.
+        y: loop over rows.
+        bands: of rows, outermost, so that a thread has its part of the image in its own cache;
+            1: blocks are outermost, and their weights are read once; 0: no threads.
+    """
+    if bands > 1:
+        band, y = sch.split(y, [bands, None])
+        sch.reorder(n, band, o, y)
+        fused = sch.fuse(n, band, o, y)
+    else:
+        fused = sch.fuse(o, n, y)
+    if bands:
+        sch.parallel(fused)
+    return fused
+
+
+def _outer(sch: Schedule, acc: Any, tile: Tile, bands: int) -> tuple[Any, list[Any]]:
     """Tile the accumulator block; return the tile loop and [pixel, vector, lane, *reduction]."""
     n, y, x, o, lane, *reduction = sch.get_loops(acc)
     x_tile, pixel = sch.split(x, [None, tile.pixels])
     vector, lane = sch.split(lane, [tile.vectors, tile.lanes])
     sch.reorder(o, n, y, x_tile, pixel, vector, lane, *reduction)
-    outer = sch.fuse(o, n, y)
-    if threads:
-        sch.parallel(outer)
+    share_out(sch, o, n, y, bands)
     return x_tile, [pixel, vector, lane, *reduction]
 
 
@@ -70,11 +90,11 @@ def compute_epilogue(sch: Schedule, names: Sequence[str], at: Any, channels: int
 
 
 def bitplane_conv(
-    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, threads: bool = True
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, bands: int = 1
 ) -> None:
     """AND + popcount in uint8 lanes; LLVM finds vpopcntb, vpshufb or cnt."""
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
-    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, threads)
+    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, bands)
     sch.reorder(j, i, pixel, vector, lane)
     compute_epilogue(sch, epilogue, at, channels)
 
@@ -108,11 +128,11 @@ def popcount_conv(
     epilogue: Sequence[str],
     *,
     instruction: str,
-    threads: bool = True,
+    bands: int = 1,
 ) -> None:
     """AND, popcount and pairwise addition through a tensor intrinsic; see ``arm_intrinsics``."""
     acc, pair = sch.get_sblock("acc"), sch.get_sblock("pair")
-    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, threads)
+    at, (pixel, vector, lane, j, i) = _outer(sch, acc, tile, bands)
     sch.reorder(j, i, pixel, vector, lane)
     compute_epilogue(sch, epilogue, at, channels)
 
@@ -138,7 +158,7 @@ def lut_conv(
     halves: bool = False,
     evens: bool = False,
     rows: int = 1,
-    threads: bool = True,
+    bands: int = 1,
 ) -> None:
     """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``.
 
@@ -152,12 +172,12 @@ def lut_conv(
     if one_plane:  # nothing to weigh: the epilogue reads the 16-bit sums
         sch.compute_inline(acc)
         n, y, x, o, *lanes, s, ky, kx, c = sch.get_loops(pair)
-        outer, at, row, column, pair_pixel = _patch(sch, (o, n, y, x), rows, tile)
+        at, row, column, pair_pixel = _patch(sch, (o, n, y, x), rows, tile, bands)
         sch.reorder(s, ky, kx, c, row, column, pair_pixel, *lanes)
     else:
         n, y, x, o, lane, j = sch.get_loops(acc)
         vector, lane = sch.split(lane, [tile.vectors, tile.lanes])
-        outer, at, row, column, pixel = _patch(sch, (o, n, y, x), rows, tile)
+        at, row, column, pixel = _patch(sch, (o, n, y, x), rows, tile, bands)
         sch.reorder(j, row, column, pixel, vector, lane)
         sch.compute_at(pair, j, preserve_unit_loops=True)
         axes = 1 if not evens else 2 if tile.vectors == 1 else 3
@@ -165,8 +185,6 @@ def lut_conv(
         column, pair_pixel = sch.split(pixels, [None, tile.pixels])
         sch.reorder(s, ky, kx, c, row, column, pair_pixel, *lanes)
         tiles.append((pixel, vector, lane))
-    if threads:
-        sch.parallel(outer)
     compute_epilogue(sch, epilogue, at, channels)
     sch.unroll(pair_pixel)
     if evens:
@@ -213,8 +231,10 @@ def lut_conv(
     sch.tensorize(covered, register_lookup(instruction, abreast))
 
 
-def _patch(sch: Schedule, loops: tuple[Any, ...], rows: int, tile: Tile) -> tuple[Any, ...]:
-    """Cut [o, n, y, x] into outer loop, patch, and [row, tile of a row, pixel] within the patch.
+def _patch(
+    sch: Schedule, loops: tuple[Any, ...], rows: int, tile: Tile, bands: int
+) -> tuple[Any, ...]:
+    """Cut [o, n, y, x] into patches, and these into [row, tile of a row, pixel].
 
     A patch is whole rows, or one tile.
     """
@@ -223,7 +243,8 @@ def _patch(sch: Schedule, loops: tuple[Any, ...], rows: int, tile: Tile) -> tupl
     tiles = int(sch.get(x).extent) // tile.pixels if rows > 1 else 1
     at, column, pixel = sch.split(x, [None, tiles, tile.pixels])
     sch.reorder(o, n, outer, at, row, column, pixel)
-    return sch.fuse(o, n, outer), at, row, column, pixel
+    share_out(sch, o, n, outer, bands)
+    return at, row, column, pixel
 
 
 def pair_vectors(
@@ -265,11 +286,11 @@ def dot_conv(
     epilogue: Sequence[str],
     *,
     instruction: str,
-    threads: bool = True,
+    bands: int = 1,
 ) -> None:
     """Dot instructions through a tensor intrinsic; see ``dot_intrinsics``."""
     acc = sch.get_sblock("acc")
-    at, (pixel, vector, lane, ky, kx, r, u) = _outer(sch, acc, tile, threads)
+    at, (pixel, vector, lane, ky, kx, r, u) = _outer(sch, acc, tile, bands)
     sch.reorder(ky, kx, r, pixel, vector, lane, u)
     compute_epilogue(sch, epilogue, at, channels)
     sch.unroll(pixel)
@@ -287,11 +308,11 @@ def half_conv(
     epilogue: Sequence[str],
     *,
     instruction: str,
-    threads: bool = True,
+    bands: int = 1,
 ) -> None:
     """Products summed in int16 for as long as the bound allows, then widened."""
     acc, part = sch.get_sblock("acc"), sch.get_sblock("part")
-    at, (pixel, vector, lane, ky, kx, c, half) = _outer(sch, acc, tile, threads)
+    at, (pixel, vector, lane, ky, kx, c, half) = _outer(sch, acc, tile, bands)
     sch.reorder(ky, kx, c, pixel, vector, lane, half)
     compute_epilogue(sch, epilogue, at, channels)
 
@@ -315,11 +336,11 @@ def half_conv(
 
 
 def grouped_conv(
-    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, threads: bool = True
+    sch: Schedule, tile: Tile, channels: int, epilogue: Sequence[str], *, bands: int = 1
 ) -> None:
     """Plain widening multiply-add, channels in the vector (depthwise) or broadcast."""
     acc = sch.get_sblock("acc")
-    at, (pixel, vector, lane, ky, kx, c) = _outer(sch, acc, tile, threads)
+    at, (pixel, vector, lane, ky, kx, c) = _outer(sch, acc, tile, bands)
     sch.reorder(ky, kx, c, pixel, vector, lane)
     compute_epilogue(sch, epilogue, at, channels)
     sch.unroll(pixel)

@@ -38,7 +38,7 @@ def expand(
     """
     steps, last = -(-codes // STEP), codes - STEP
     inner = largest_factor(steps, 256)
-    loop = T.parallel if codes >= SMALL else T.serial
+    loop = T.parallel if codes * _TABLES // STEP >= SMALL else T.serial
     first = [4 * table + b % 4 for table in (0, 2) for b in range(16)]
     second = [4 * table + b // 4 for table in (1, 3) for b in range(16)]
 

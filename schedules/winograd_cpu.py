@@ -1,11 +1,12 @@
 """CPU schedules of Winograd's F(2x2, 3x3): the 16 products of a tile and both transforms."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from tvm.s_tir import Schedule
 
-from mpqc.schedules.conv_cpu import Tile, compute_epilogue, pair_vectors, vectorize_init
+from mpqc.schedules.conv_cpu import Tile, compute_epilogue, pair_vectors, share_out, vectorize_init
 from mpqc.schedules.dot_intrinsics import (
     register_dot,
     register_flush,
@@ -20,12 +21,12 @@ def transform_image(sch: Schedule, vector_bytes: int) -> None:
     block = sch.get_sblock("tiles")
     n, ty, position, tx, c = sch.get_loops(block)
     channels = int(sch.get(c).extent)
-    total = channels * int(sch.get(tx).extent) * int(sch.get(n).extent) * int(sch.get(ty).extent)
+    written = prod(int(sch.get(loop).extent) for loop in (n, ty, position, tx, c))
     c_outer, c_inner = sch.split(c, [None, largest_factor(channels, vector_bytes)])
     sch.reorder(n, ty, tx, c_outer, position, c_inner)
     sch.unroll(position)
     sch.vectorize(c_inner)
-    if total >= SMALL:
+    if written >= SMALL:
         sch.parallel(sch.fuse(n, ty))
 
 
@@ -39,7 +40,7 @@ def winograd_conv(
     instruction: str,
     halves: bool,
     ahead: int = 0,
-    threads: bool = True,
+    bands: int = 1,
 ) -> None:
     """``tile.pixels`` 2x2 tiles of a row share each load of weights.
 
@@ -53,9 +54,7 @@ def winograd_conv(
     at, tx, j = sch.split(x, [None, patch[1], 2])
     vector, lane = sch.split(lane, [tile.vectors, tile.lanes])
     sch.reorder(o, n, ty, at, row, tx, vector, i, j, lane)
-    outer = sch.fuse(o, n, ty)
-    if threads:
-        sch.parallel(outer)
+    share_out(sch, o, n, ty, bands)
     compute_epilogue(sch, epilogue, at, channels)
 
     sch.compute_at(column, vector, preserve_unit_loops=True)

@@ -17,9 +17,9 @@
 #define MOST_THREADS 1
 #endif
 
-#define SPINS 4000 /* turns that a worker waits awake: about the gap between two kernels */
+#define SPINS 20000 /* turns that a worker waits awake: a quarter of a millisecond */
 #define TURNS_TO_YIELD 32 /* about a microsecond: what sharing a core may cost at each kernel */
-#define SHARES 8 /* of a loop, for each thread: whoever is free takes the next one */
+#define SHARES 8 /* of a loop, for each thread: whoever is done helps the others */
 #define ID_BITS 16
 #define ID_MASK ((1u << ID_BITS) - 1)
 
@@ -37,6 +37,9 @@ struct pool {
 
 struct worker {
   struct mpqc_model* model;
+#ifndef MPQC_NO_THREADS
+  atomic_uint claims; /* launches so far << ID_BITS | own tasks of this launch that are taken */
+#endif
   struct pool pool; /* in parallel loops */
   size_t peak;
 #ifndef MPQC_NO_THREADS
@@ -57,7 +60,7 @@ struct mpqc_model {
   int bound;
   atomic_int busy;
 #ifndef MPQC_NO_THREADS
-  atomic_uint claims; /* launches so far << ID_BITS | tasks of this launch that have been taken */
+  atomic_uint launches;
   atomic_int done;    /* tasks of this launch that have ended */
   atomic_int failed;
   atomic_int stop;
@@ -73,7 +76,7 @@ struct mpqc_model {
 /* sizes.h promises these to whoever gives the memory */
 _Static_assert(sizeof(struct mpqc_model) <= MPQC_INSTANCE_BYTES, "instance");
 _Static_assert(sizeof(struct worker) <= MPQC_WORKER_BYTES, "worker");
-_Static_assert(MOST_THREADS * SHARES <= ID_MASK, "task numbers");
+_Static_assert(SHARES < ID_MASK, "task numbers");
 
 /* The worker that runs in this thread. A library without threads still has instances in several,
  * but must not need __tls_get_addr. */
@@ -136,21 +139,31 @@ static void wait_turn(int turn) {
 }
 
 static unsigned launches(struct mpqc_model* m) {
-  return atomic_load_explicit(&m->claims, memory_order_acquire) >> ID_BITS;
+  return atomic_load_explicit(&m->launches, memory_order_acquire);
 }
 
-/* Take tasks until none is left. Whoever wakes late finds none, and nobody has waited for it. */
-static void take_tasks(struct worker* w) {
+/* Take the tasks of one worker until none is left. Neighbouring tasks touch neighbouring memory, so
+ * that everyone begins with those that lie in its own cache since the kernel before. */
+static void take_from(struct worker* owner, struct worker* w) {
   struct mpqc_model* m = w->model;
   group_env env = {NULL, m->threads * SHARES};
-  unsigned taken = atomic_load_explicit(&m->claims, memory_order_acquire);
-  while ((taken & ID_MASK) < (unsigned)env.num_task) {
-    if (!atomic_compare_exchange_weak(&m->claims, &taken, taken + 1)) continue;
+  int first = (int)(owner - m->workers) * SHARES;
+  unsigned taken = atomic_load_explicit(&owner->claims, memory_order_acquire);
+  while ((taken & ID_MASK) < SHARES) {
+    if (!atomic_compare_exchange_weak(&owner->claims, &taken, taken + 1)) continue;
     /* the launch cannot end before this task: `task` and `data` stay */
-    if (run_task(w, m->task, (int)(taken & ID_MASK), &env, m->data)) atomic_store(&m->failed, 1);
+    int id = first + (int)(taken & ID_MASK);
+    if (run_task(w, m->task, id, &env, m->data)) atomic_store(&m->failed, 1);
     atomic_fetch_add_explicit(&m->done, 1, memory_order_release);
-    taken = atomic_load_explicit(&m->claims, memory_order_acquire);
+    taken = atomic_load_explicit(&owner->claims, memory_order_acquire);
   }
+}
+
+/* Whoever wakes late finds nothing to do, and nobody has waited for it. */
+static void take_tasks(struct worker* w) {
+  struct worker* all = w->model->workers;
+  int threads = w->model->threads, own = (int)(w - all);
+  for (int i = 0; i < threads; i++) take_from(&all[(own + i) % threads], w);
 }
 
 static void* work(void* argument) {
@@ -177,9 +190,12 @@ static void* work(void* argument) {
   }
 }
 
-/* A new launch, of which so many tasks are as good as taken. */
+/* A new launch, of which every worker has taken so many of its tasks. */
 static void launch(struct mpqc_model* m, unsigned taken) {
-  atomic_store(&m->claims, ((launches(m) + 1) << ID_BITS) | taken);
+  unsigned next = launches(m) + 1;
+  for (int i = 0; i < m->threads; i++)
+    atomic_store_explicit(&m->workers[i].claims, next << ID_BITS | taken, memory_order_release);
+  atomic_store(&m->launches, next);
   pthread_mutex_lock(&m->lock);
   if (m->sleeping) pthread_cond_broadcast(&m->wake);
   pthread_mutex_unlock(&m->lock);
@@ -360,7 +376,7 @@ void mpqc_destroy(mpqc_model* m) {
 #ifndef MPQC_NO_THREADS
   if (m->started) {
     atomic_store(&m->stop, 1);
-    launch(m, ID_MASK);
+    launch(m, SHARES);
     for (int i = 1; i <= m->started; i++) pthread_join(m->workers[i].thread, NULL);
   }
   pthread_mutex_destroy(&m->lock);
