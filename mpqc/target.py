@@ -73,6 +73,8 @@ def _x86(name: str, mcpu: str, bits: int, features: str, about: str, *mattr: str
     llvm: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}
     if mattr:
         llvm["mattr"] = list(mattr)
+    if name == "x86-64-v2":  # 16 short registers: LLVM's last level unrolls, which gains nothing
+        llvm["opt-level"] = 2
     return Target(name, "x86_64", llvm, bits, frozenset(features.split()), 2, about)
 
 

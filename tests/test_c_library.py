@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from ctypes import c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mpqc.data import open_data
 from mpqc.errors import UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.model_source import Form
+from mpqc.passes.find_layers import find_integer_layers
 from mpqc.pipeline import Options, compile_model, import_model
 from mpqc.rounding import Accuracy
 from mpqc.runtime import CompiledModel, load
@@ -438,8 +440,9 @@ def compile_real(
     form: Form,
     target: str = "native",
     accuracy: Accuracy = Accuracy(),  # noqa: B008 - frozen
+    dims: Mapping[str, int] | None = None,
 ) -> Any:
-    graph = import_model(model)
+    graph = import_model(model, dims)
     generator = np.random.default_rng(0)
     samples = {
         name: generator.uniform(-1, 1, kind.shape).astype(kind.dtype)
@@ -450,9 +453,16 @@ def compile_real(
     options = Options(
         find_target(target), max_samples=4, form=form, latencies=None, accuracy=accuracy
     )
+    if find_integer_layers(graph):  # it has widths of its own
+        return compile_model(model, output, options, dims=dims)
     return compile_model(
-        model, output, options, bits=Precision.parse(bits), data=open_data(samples, graph)
-    )
+        model, output, options, bits=Precision.parse(bits), data=open_data(samples, graph),
+        dims=dims,
+    )  # fmt: skip
+
+
+NEAREST = Accuracy(rounding="nearest", clipping="mse")  # faster, and sizes are the same
+OPEN_DIMS = {"ppocr_v2_angle_cls": {"x:2": 48, "x:3": 192}}
 
 
 @pytest.mark.parametrize(
@@ -463,11 +473,17 @@ def compile_real(
         "cifar10_resnet8",
         "mobilenet_v1_0.25_224",
         "magika_standard_v3_3",
+        *(pytest.param(name, marks=pytest.mark.slow)
+          for name in ("TFC_2W2A", "cifar10_resnet8_int8_qdq", "cifar10_resnet20",
+                       "espcn_x2_float", "espcn_x2_qonnx", "ppocr_v2_angle_cls",
+                       "ultraface_rfb320", "squeezenet1.0_sparse", "mobilenet_v2_1.0_224")),
     ],
-)
+)  # fmt: skip
 def test_scratch_memory_is_near_the_least(name: str, shared_models: Path, tmp_path: Path) -> None:
-    form = Form(static=True, bare=True)
-    artifact = compile_real(shared_models / f"{name}.onnx", "w2a2", tmp_path / "net", form)
+    form, model_file = Form(static=True, bare=True), shared_models / f"{name}.onnx"
+    artifact = compile_real(
+        model_file, "w2a2", tmp_path / "net", form, accuracy=NEAREST, dims=OPEN_DIMS.get(name)
+    )
     with load(artifact.library) as model:
         memory = model.memory
         model.run({n: np.zeros(k.shape, k.dtype) for n, k in model.inputs.items()})
@@ -491,8 +507,7 @@ def test_a_two_bit_mobilenet_is_small(shared_models: Path, tmp_path: Path, targe
     if find_target(target).arch != native().arch:
         cross_compiler(find_target(target))
     model = shared_models / "mobilenet_v1_0.25_224.onnx"
-    nearest = Accuracy(rounding="nearest", clipping="mse")  # of the same size
-    artifact = compile_real(model, "w2a2", tmp_path / "net", Form(), target, nearest)
+    artifact = compile_real(model, "w2a2", tmp_path / "net", Form(), target, NEAREST)
     assert artifact.library.stat().st_size < 450_000
 
 

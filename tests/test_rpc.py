@@ -223,8 +223,8 @@ def test_no_tracker(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_names_the_known_ones(farm: Farm) -> None:
-    with pytest.raises(EnvironmentLacks, match=r"knows no board 'rpi4', only: here .*--key rpi4"):
-        connect(farm, "rpi4")
+    with pytest.raises(EnvironmentLacks, match=r"knows no board 'rpi9', only: here.* --key rpi9"):
+        connect(farm, "rpi9")
 
 
 def test_something_else_than_a_tracker() -> None:
