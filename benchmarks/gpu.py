@@ -8,10 +8,13 @@ On the GPU machine, with this checkout, numpy and, to compare, PyTorch; under 8 
 
     python3 -m benchmarks.gpu run gpu.tar.xz -o gpu.json
 
-The result holds: each model beside its integer reference, bit for bit; multiply-accumulates a
-cycle of the instructions that kernels are made of, beside what ``mpqc.cuda.select`` assumes;
-ResNet-18 and ResNet-50 at batch 1, 8, 32 and 128, whole and step by step; the same layers and
-networks in PyTorch fp16. Exit status 1: something computed wrong numbers.
+The result, which is written after every section, holds: multiply-accumulates a cycle of the
+instructions that kernels are made of, beside what ``mpqc.cuda.select`` assumes; each model beside
+its integer reference, bit for bit, with and without CUDA graphs; ResNet-18 and ResNet-50 at batch
+1, 8, 32 and 128, whole and step by step; for each of their layers the floors that memory and
+arithmetic set, and PyTorch's fp16 and int8. Every section runs in a process of its own with a limit
+of its own: one that fails is reported, the others go on. Exit status 1: something computed wrong
+numbers, or could not run.
 """
 
 import argparse
@@ -23,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.gpu_run import run
+from benchmarks.gpu_floor import ASSUMED, KINDS, floor
+from benchmarks.gpu_run import Effort, answer, run
 
 SECONDS = 420.0
 BATCHES = (1, 8, 32, 128)
@@ -65,15 +69,20 @@ def build(arguments: argparse.Namespace) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """Verify and measure here."""
+    """Verify and measure here; the file grows section by section."""
     start = time.monotonic()
+
+    def save(result: dict[str, Any]) -> None:
+        result["wall_seconds"] = time.monotonic() - start
+        report.save(arguments.output, result | {"table": rows(result)})
+
     with tempfile.TemporaryDirectory(prefix="mpqc-gpu-") as folder:
         with tarfile.open(arguments.archive) as archive:
             archive.extractall(folder, filter="data")
         left = arguments.seconds - (time.monotonic() - start)
-        result = run(Path(folder), left, not arguments.alone)
-    result["wall_seconds"] = time.monotonic() - start
-    report.save(arguments.output, result)
+        effort = Effort(left, arguments.each, arguments.together, not arguments.alone)
+        result = run(Path(folder), effort, save)
+    save(result)
     print(summary(result))
     return 1 if wrong(result) else 0
 
@@ -82,19 +91,88 @@ def wrong(result: dict[str, Any]) -> list[str]:
     """Models that failed, or whose outputs differ beyond what float operators explain."""
     return [
         name
-        for name, found in result["verify"].items()
+        for name, found in (*result["verify"].items(), ("errors", result["errors"]))
         if "error" in found or any(str(value).startswith("WRONG") for value in found.values())
     ]
 
 
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each layer of each timed network: our time, its floors, the opponents' [s]."""
+    found = []
+    for name, timed in result["networks"].items():
+        network, _, form = name.partition(" ")
+        batch = int(form.rpartition("-")[2])
+        known = {layer["name"]: layer for layer in result["layers"].get(network, ())}
+        torch = result["torch"].get(f"{network} {batch}", {}).get("layers", {}).get("layers", {})
+        own: dict[str, dict[str, Any]] = {}
+        for step in timed.get("steps", ()):
+            if step["label"] in known and step["kind"] in KINDS:
+                own.setdefault(step["label"], step | {"seconds": 0.0})["seconds"] += step["seconds"]
+        for label, step in own.items():
+            least = floor(known[label], batch, step["widths"], step["kind"], result["rates"])
+            found.append({
+                "network": network, "form": form, "batch": batch, "layer": label,
+                "widths": step["widths"], "variant": step["variant"], "seconds": step["seconds"],
+                "memory_floor": None if least is None else least.memory,
+                "arithmetic_floor": None if least is None else least.arithmetic,
+                "torch_fp16": torch.get(label, {}).get("fp16"),
+                "torch_int_mm": torch.get(label, {}).get("int_mm"),
+                "torch_cudnn_int8": torch.get(label, {}).get("cudnn_int8"),
+            })  # fmt: skip
+    return found
+
+
+def goals(table: list[dict[str, Any]]) -> list[str]:
+    """What the goals say of the table: against fp16 at batch 32 and up, and our own int8."""
+    said = []
+    int8 = {
+        (row["network"], row["batch"], row["layer"]): row["seconds"]
+        for row in table
+        if row["form"].partition("-")[0] == "w8a8"
+    }
+    for form in sorted({row["form"].rpartition("-")[0] for row in table}):
+        rows_ = [row for row in table if row["form"].rpartition("-")[0] == form]
+        large = [r for r in rows_ if r["batch"] >= 32 and r["torch_fp16"] is not None]
+        if large:
+            faster = sum(row["seconds"] < row["torch_fp16"] for row in large)
+            said.append(f"{form}: {faster} of {len(large)} layers at batch >= 32 beat cuDNN fp16")
+        pairs = [(row, int8.get((row["network"], row["batch"], row["layer"]))) for row in rows_]
+        both = [(row["seconds"], own) for row, own in pairs if own is not None]
+        if both and not form.startswith("w8a8"):
+            slower = sum(mine > 1.02 * own for mine, own in both)
+            said.append(f"{form}: {slower} of {len(both)} layers are slower than our int8")
+    return said
+
+
+def instructions(rates: dict[str, Any]) -> str:
+    """Measured rates beside those that the selection assumes."""
+    assumed = ASSUMED.get(str(rates.get("capability")), {})
+    lines = [
+        [name, f"{rates[name]:.0f}", f"{assumed.get(name, 0):.0f}"]
+        for kinds in KINDS.values()
+        for name in kinds
+        if name in rates
+    ]
+    if not lines:
+        return f"instruction rates: {rates.get('error', 'not measured')}"
+    head = ["multiply-accumulates a cycle and multiprocessor", "measured", "mpqc.cuda.select"]
+    text = report.table(head, lines)
+    if rates.get("mma-b1") and rates.get("mma-s8"):
+        ratio = rates["mma-b1"] / rates["mma-s8"]
+        text += f"\nbinary tensor-core products run at {ratio:.2f} times the rate of bytes: "
+        text += "at speed" if ratio > 2 else "too slow to pay for two planes, or emulated"
+    return text
+
+
 def summary(result: dict[str, Any]) -> str:
     """What people read."""
-    rows = []
+    lines_ = []
     for name, found in result["networks"].items():
-        network, _, batch = name.partition(" ")[0], "", name.rpartition("-")[2]
-        torch = result["torch"].get(network, {}).get("fp16", {}).get(batch)
+        network, _, form = name.partition(" ")
+        batch = form.rpartition("-")[2]
+        torch = result["torch"].get(f"{network} {batch}", {}).get("whole", {}).get("fp16")
         own = found.get("seconds")
-        rows.append([
+        lines_.append([
             name, "failed" if own is None else f"{1e3 * own:.3f}",
             "" if torch is None else f"{1e3 * torch:.3f}",
             "" if torch is None or own is None else f"{torch / own:.2f}",
@@ -103,9 +181,22 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"verified {len(checked) - len(failed)} of {len(checked)} models"
         + (f"; WRONG: {', '.join(failed)}" if failed else ""),
-        f"instruction rates: {result.get('rates')}",
-        report.table(["network", "ms", "PyTorch fp16 ms", "times faster"], rows),
+        instructions(result["rates"]),
+        report.table(["network", "ms", "PyTorch fp16 ms", "times faster"], lines_),
     ]
+    table = rows(result)
+    if table:
+        head = ["layer", "us", "memory", "arithmetic", "fp16", "int_mm", "cuDNN int8"]
+        columns = (
+            "seconds", "memory_floor", "arithmetic_floor", "torch_fp16", "torch_int_mm",
+            "torch_cudnn_int8",
+        )  # fmt: skip
+        lines.append(report.table(head, [
+            [f"{row['network']} {row['form']} {row['layer']} ({row['widths']} {row['variant']})",
+             *("" if row[c] is None else f"{1e6 * row[c]:.1f}" for c in columns)]
+            for row in table
+        ]))  # fmt: skip
+    lines += goals(table)
     if result["skipped"]:
         lines.append(f"no time for: {', '.join(result['skipped'])}")
     return "\n".join(lines)
@@ -127,9 +218,15 @@ def main() -> None:
     here = verbs.add_parser("run", help="verify and measure on this machine's GPU")
     here.add_argument("archive", type=Path)
     here.add_argument("--seconds", type=float, default=SECONDS)
+    here.add_argument("--each", type=float, default=1.0, help="seconds for every network")
+    here.add_argument("--together", type=int, default=20, help="runs of a step that start together")
     here.add_argument("--alone", action="store_true", help="without PyTorch")
     here.add_argument("-o", "--output", type=Path, default=Path("gpu.json"))
     here.set_defaults(go=measure)
+    inner = verbs.add_parser("section", help="one part of it, for run itself")
+    inner.add_argument("name")
+    inner.add_argument("arguments", nargs="+")
+    inner.set_defaults(go=lambda given: answer(given.name, given.arguments))
     arguments = parser.parse_args()
     sys.exit(arguments.go(arguments))
 

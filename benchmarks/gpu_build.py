@@ -1,6 +1,7 @@
 """What benchmarks/gpu.py runs on a GPU machine: compiled ahead, anywhere, into one archive."""
 
 import json
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from onnx import numpy_helper
 
 from mpqc import ort, pipeline
 from mpqc.artifact import Artifact
+from mpqc.cuda.toolkit import find_nvcc
 from mpqc.data import Data, open_data
 from mpqc.graph import Array, Graph, Precision
 from mpqc.passes.find_layers import find_layers
@@ -106,6 +108,7 @@ def build(
     """
     with tempfile.TemporaryDirectory(prefix="mpqc-gpu-") as folder:
         root = Path(folder)
+        compile_rates(root / "rates", target)
         for model, bits, kernel in real:
             place = root / "verify" / f"{model.stem}-{bits or 'own'}-{kernel}"
             artifact = compile_for(model, root / "work", target, bits, kernel, 1)
@@ -127,10 +130,19 @@ def build(
                     print(name, place.name, flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(output, "w:xz") as archive:
-            for part in ("verify", "networks"):
-                if (root / part).is_dir():
+            for part in ("rates", "verify", "networks"):
+                if (root / part).exists():
                     archive.add(root / part, part)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB")
+
+
+def compile_rates(output: Path, target: Target) -> None:
+    """The program that measures instruction rates; where it cannot be linked, GPU machines try."""
+    command = [find_nvcc(), "-O3", "-std=c++17", f"-arch={target.cuda}", "-diag-suppress=128,177",
+               str(Path(__file__).parent / "gpu_rates.cu"), "-o", str(output)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"rates: not compiled: {done.stderr[-300:].strip()}", flush=True)
 
 
 def timed_model(model: onnx.ModelProto, path: Path) -> Path:

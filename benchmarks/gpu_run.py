@@ -1,23 +1,30 @@
-"""What benchmarks/gpu.py does on the GPU machine: needs numpy and this checkout."""
+"""What benchmarks/gpu.py does on the GPU machine: needs numpy and this checkout.
 
-import importlib
+Every section runs in a process of its own with a limit of its own: one that crashes, hangs or
+leaves the GPU's context broken costs its own result and no other.
+"""
+
 import json
+import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpqc.errors import MpqcError
+from benchmarks import gpu_torch
+from mpqc.errors import EnvironmentLacks
 from mpqc.runtime import CompiledModel
 from mpqc.tensor_type import Array
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3  # of the largest magnitude, where float operators take part; as verify's
+Result = dict[str, Any]
 
 
 @dataclass
@@ -38,175 +45,291 @@ class Budget:
         self.skipped.append(what)
         return False
 
+    @property
+    def left(self) -> float:
+        return max(1.0, self.end - time.monotonic())
 
-def rates(work: Path) -> dict[str, Any]:
-    """Instruction rates of this GPU, compiled and measured here."""
+
+# ---- sections, each in its own process
+
+
+def rates(work: Path) -> Result:
+    """Instruction rates of this GPU: compiled ahead, or, where that does not run, here."""
+    program = work / "rates"
+    errors = []
+    if program.is_file():
+        program.chmod(0o755)
+        done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return parse_rates(done.stdout)
+        errors.append(done.stderr[-300:].strip())
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
-        return {"error": "no nvcc here: instruction rates are not measured"}
-    program = work / "rates"
+        errors.append("no nvcc here")
+        raise RuntimeError("; ".join(errors))
+    program = work / "rates-here"
     command = [nvcc, "-O3", "-std=c++17", "-arch=native", "-diag-suppress=128,177",
                str(HERE / "gpu_rates.cu"), "-o", str(program)]  # fmt: skip
     for words in (command, [str(program)]):
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
-            return {"error": f"{words[0]}: {done.stderr[-500:]}"}
-    found: dict[str, Any] = json.loads(done.stdout)
+            raise RuntimeError("; ".join([*errors, f"{words[0]}: {done.stderr[-300:].strip()}"]))
+    return parse_rates(done.stdout)
+
+
+def parse_rates(text: str) -> Result:
+    """What the program prints."""
+    found: Result = json.loads(text)
     return found
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """One model on inputs whose outputs the integer reference gave."""
+def verify(folder: Path) -> Result:
+    """One model on inputs whose outputs the integer reference gave, with and without a graph."""
     inputs, outputs = (dict(np.load(folder / f"{part}.npz")) for part in ("inputs", "outputs"))
-    result: dict[str, Any] = {}
-    with CompiledModel(folder / "model.so") as model:
-        for turn in range(2):
-            got = model.run(inputs)
-            for name, array in outputs.items():
-                same = np.array_equal(got[name], array)
-                gap = float(np.max(np.abs(got[name].astype(np.float64) - array), initial=0))
-                near = gap <= TOLERANCE * float(np.max(np.abs(array), initial=1))
-                if turn == 0 or not same:
-                    result[name] = "exact" if same else "float" if near else f"WRONG by {gap}"
-        result["seconds"] = fastest(lambda: model.run(inputs), model)
+    result: Result = {}
+    for graph in ("1", "0"):
+        os.environ["MPQC_CUDA_GRAPH"] = graph
+        with CompiledModel(folder / "model.so") as model:
+            for _ in range(2):
+                for name, array in model.run(inputs).items():
+                    said = judge(array, outputs[name])
+                    if result.get(name, "exact") == "exact" or said.startswith("WRONG"):
+                        result[name] = said
+            key = "seconds" if graph == "1" else "seconds_without_graph"
+            result[key] = fastest(lambda m=model: m.run(inputs), model)  # type: ignore[misc]
     return result
 
 
-def fastest(run: Callable[[], object], model: CompiledModel, seconds: float = 0.3) -> float:
+def judge(got: Array, expected: Array) -> str:
+    """Bit for bit; or as near as float operators explain."""
+    if np.array_equal(got, expected):
+        return "exact"
+    gap = float(np.max(np.abs(got.astype(np.float64) - expected), initial=0))
+    near = gap <= TOLERANCE * float(np.max(np.abs(expected), initial=1))
+    return f"float, off by {gap:.3g}" if near else f"WRONG by {gap:.3g}"
+
+
+def fastest(run: Callable[[], object], model: CompiledModel, seconds: float = 0.2) -> float:
     """Least device time of repeated runs [s]."""
     best, end = float("inf"), time.monotonic() + seconds
     for _ in range(3):
         run()
-    while time.monotonic() < end:
+    while time.monotonic() < end or best == float("inf"):
         run()
         best = min(best, model.device_seconds)
     return best
 
 
-def network(library: Path, seconds: float) -> dict[str, Any]:
-    """Whole runs as a graph, and every step."""
+def network(library: Path, seconds: float, together: int) -> Result:
+    """Whole runs as a graph, and every step, so many runs of it between looks at the clock."""
     with CompiledModel(library) as model:
+        generator = np.random.default_rng(0)
         feeds: dict[str, Array] = {
-            name: np.random.default_rng(0).normal(size=kind.shape).astype(kind.dtype)
+            name: generator.normal(size=kind.shape).astype(kind.dtype)
             for name, kind in model.inputs.items()
         }
         whole = fastest(lambda: model.run(feeds), model, seconds)
-        stepper, facts = model.steps(feeds), model.manifest
-        best = [float("inf")] * len(stepper)
+        wall = min(model.seconds(feeds, 10))
+        facts = model.manifest
+        best = [float("inf")] * len(facts["steps"])
         end = time.monotonic() + seconds
-        for turn in range(1000):
-            if turn > 2 and time.monotonic() > end:
+        for turn in range(20):
+            if turn and time.monotonic() > end:
                 break
-            for index in range(len(stepper)):
-                stepper.step(index)
-                best[index] = min(best[index], model.device_seconds)
-    layers = {layer["name"]: layer for layer in facts["layers"]}
+            for index in range(len(best)):
+                best[index] = min(best[index], model.time_step(index, together))
+    known = {layer["name"]: layer for layer in facts["layers"]}
     steps = [
         {
             "label": step["label"], "kind": step["kind"], "seconds": found,
-            "variant": layers.get(step["label"], {}).get("variant", ""),
-            "widths": layers.get(step["label"], {}).get("run", ""),
+            "variant": known.get(step["label"], {}).get("variant", ""),
+            "widths": known.get(step["label"], {}).get("run", ""),
         }
         for step, found in zip(facts["steps"], best, strict=True)
     ]  # fmt: skip
-    return {"seconds": whole, "steps": steps}
+    return {"seconds": whole, "wall_seconds": wall, "steps": steps}
 
 
-def run(folder: Path, seconds: float, opponents: bool) -> dict[str, Any]:
+def errors(library: Path) -> Result:
+    """What a process says that is shown no GPU, and that the library loads in spite of it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        with CompiledModel(library):
+            return {"no GPU": "WRONG: the model started"}
+    except EnvironmentLacks as error:
+        return {"no GPU": str(error)}
+
+
+def torch_layers(place: Path, batch: int, seconds: float) -> Result:
+    """PyTorch's times of a network's layers."""
+    every = json.loads((place / "layers.json").read_text("utf-8"))
+    budget = Budget(time.monotonic() + seconds)
+    found = gpu_torch.layers(every, batch, budget.allows)
+    import torch
+
+    return found | {"version": torch.__version__, "skipped": budget.skipped}
+
+
+def torch_whole(place: Path, batch: int) -> Result:
+    """PyTorch's time of a whole network."""
+    return gpu_torch.whole(place.name, batch)
+
+
+def section(name: str, arguments: Sequence[str]) -> Result:
+    """Run one here, in this process."""
+    first = Path(arguments[0])
+    numbers = [float(text) for text in arguments[1:]]
+    match name:
+        case "rates":
+            return rates(first)
+        case "verify":
+            return verify(first)
+        case "network":
+            return network(first, numbers[0], int(numbers[1]))
+        case "errors":
+            return errors(first)
+        case "torch-layers":
+            return torch_layers(first, int(numbers[0]), numbers[1])
+        case "torch-whole":
+            return torch_whole(first, int(numbers[0]))
+    raise ValueError(f"no section {name!r}")
+
+
+# ---- all of them
+
+
+def isolated(name: str, *arguments: object, seconds: float) -> Result:
+    """One section in a process of its own; what went wrong, if something did."""
+    words = [sys.executable, "-m", "benchmarks.gpu", "section", name, *map(str, arguments)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    }
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=seconds, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {seconds:.0f} s"}
+    last = done.stdout.strip().rpartition("\n")[2]
+    try:
+        found: Result = json.loads(last)
+    except ValueError:
+        said = (done.stderr or done.stdout)[-500:].strip()
+        return {"error": f"ended with status {done.returncode}: {said}"}
+    return found
+
+
+def answer(name: str, arguments: Sequence[str]) -> int:
+    """The other side of ``isolated``: one line of JSON."""
+    try:
+        found = section(name, arguments)
+    except Exception as error:  # all is told to whom started this process
+        found = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(found))
+    return 0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long is measured.
+
+    Attributes:
+        seconds: for everything.
+        each: of a network's whole runs, and again of its steps.
+        together: runs of a step between two looks at the clock.
+        opponents: also time PyTorch.
+    """
+
+    seconds: float
+    each: float = 1.0
+    together: int = 20
+    opponents: bool = True
+
+
+def run(folder: Path, effort: Effort, save: Callable[[Result], None]) -> Result:
     """Verify, then measure as much as the time allows.
 
     Args:
         folder: the unpacked archive.
-        seconds: for everything.
-        opponents: also time PyTorch.
+        effort: limits.
+        save: called with all that is known, after every section.
     """
-    budget = Budget(time.monotonic() + seconds)
-    result: dict[str, Any] = {"verify": {}, "networks": {}, "torch": {}}
-    for place in sorted((folder / "verify").glob("*")):
-        result["verify"][place.name] = attempt(verify, place)
-        print("verify", place.name, result["verify"][place.name], flush=True)
-    if budget.allows("instruction rates", 30):
-        result["rates"] = attempt(rates, folder)
-        print("rates", result["rates"], flush=True)
-    libraries = sorted((folder / "networks").glob("*/*.so"))
-    for library in libraries:
-        name = f"{library.parent.name} {library.stem}"
-        if budget.allows(name, 8):
-            each = min(1.0, max(0.2, 0.3 * seconds / max(1, 2 * len(libraries))))
-            found = attempt(network, library, each)
-            result["networks"][name] = found
-            print(name, found.get("error") or f"{1e3 * found['seconds']:.3f} ms", flush=True)
-    if opponents:
-        for place in sorted((folder / "networks").glob("*")):
-            layers = json.loads((place / "layers.json").read_text("utf-8"))
-            batches = sorted({int(x.stem.rpartition("-")[2]) for x in place.glob("*.so")})
-            result["torch"][place.name] = attempt(
-                against_torch, place.name, layers, batches, budget
-            )
-    result["skipped"] = budget.skipped
+    budget = Budget(time.monotonic() + effort.seconds)
+    result: Result = {
+        "gpu": driver(), "rates": {}, "verify": {}, "errors": {}, "networks": {}, "layers": {},
+        "torch": {}, "skipped": budget.skipped, "seconds": {},
+    }  # fmt: skip
+    for place in networks(folder):
+        result["layers"][place.name] = json.loads((place / "layers.json").read_text("utf-8"))
+
+    def do(
+        name: str, into: dict[str, Any], key: str, *arguments: object, limit: float, expect: float
+    ) -> None:
+        what = f"{name} {key}".strip()
+        if not budget.allows(what, expect):
+            return
+        start = time.monotonic()
+        into[key] = isolated(name, *arguments, seconds=min(limit, budget.left))
+        took = time.monotonic() - start
+        result["seconds"][what] = round(took, 2)
+        print(f"{what}: {told(into[key])} ({took:.1f} s)", flush=True)
+        save(result)
+
+    do("rates", result, "rates", folder, limit=90, expect=10)
+    verified = sorted((folder / "verify").glob("*"))
+    for place in verified:
+        do("verify", result["verify"], place.name, place, limit=40, expect=4)
+    libraries = [place / "model.so" for place in verified]
+    libraries += [x for place in networks(folder) for x in sorted(place.glob("*.so"))]
+    for library in libraries[:1]:
+        do("errors", result, "errors", library, limit=20, expect=3)
+    for place in networks(folder):
+        for batch in batches(place):
+            for library in sorted(place.glob(f"*-{batch}.so")):
+                name = f"{place.name} {library.stem}"
+                words = (library, effort.each, effort.together)
+                do("network", result["networks"], name, *words, limit=40, expect=6)
+            if effort.opponents:
+                found = result["torch"].setdefault(f"{place.name} {batch}", {})
+                do("torch-whole", found, "whole", place, batch, limit=60, expect=12)
+                do("torch-layers", found, "layers", place, batch, 25, limit=60, expect=15)
     return result
 
 
-def attempt(measure: Callable[..., Mapping[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The result, or what went wrong: one failure does not cost the other measurements."""
+def networks(folder: Path) -> list[Path]:
+    """Folders of networks; the small ones first."""
+    return sorted((folder / "networks").glob("*"), key=lambda place: (len(place.name), place.name))
+
+
+def batches(place: Path) -> list[int]:
+    """That a network was compiled for."""
+    return sorted({int(x.stem.rpartition("-")[2]) for x in place.glob("*.so")})
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """One line about a section's result."""
+    if "error" in found:
+        return f"FAILED: {found['error']}"
+    if "steps" in found:
+        return f"{1e3 * found['seconds']:.3f} ms on the GPU"
+    if "layers" in found:
+        return f"{len(found['layers'])} layers"
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in found.items()
+    )
+
+
+def driver() -> Result:
+    """What nvidia-smi says, if it is there: a time means nothing without clocks and limits."""
+    program = shutil.which("nvidia-smi")
+    fields = "name,driver_version,clocks.max.sm,clocks.sm,power.limit,memory.total"
+    if program is None:
+        return {"error": "no nvidia-smi"}
+    words = [program, f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        return dict(measure(*arguments))
-    except (MpqcError, OSError, RuntimeError, ValueError, ImportError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def against_torch(
-    name: str, layers: list[dict[str, Any]], batches: list[int], budget: Budget
-) -> dict[str, Any]:
-    """PyTorch fp16 as CUDA graphs, channels last, cuDNN's choice: layers and networks."""
-    import torch
-
-    torch.backends.cudnn.benchmark = True
-
-    def timed(module: Any, x: Any) -> float:
-        for _ in range(3):
-            module(x)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            module(x)
-        best = float("inf")
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(30):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            best = min(best, begin.elapsed_time(end) * 1e-3)
-        return best
-
-    def data(shape: list[int], batch: int) -> Any:
-        x = torch.randn(batch, *shape[1:], device="cuda", dtype=torch.float16)
-        return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-    def layer_module(layer: Mapping[str, Any]) -> Any:
-        if len(layer["weight"]) != 4:
-            return torch.nn.Linear(layer["input"][-1], layer["weight"][0]).half().cuda()
-        out, inside, *kernel = layer["weight"]
-        module = torch.nn.Conv2d(
-            inside * layer["groups"], out, kernel, layer["strides"], layer["pads"][:2],
-            layer["dilations"], layer["groups"],
-        )  # fmt: skip
-        return module.half().cuda().to(memory_format=torch.channels_last)
-
-    result: dict[str, Any] = {"version": torch.__version__, "fp16": {}, "layers": {}}
-    with torch.no_grad():
-        known: dict[str, float] = {}
-        for batch in batches:
-            for layer in layers:
-                key = json.dumps([{k: v for k, v in layer.items() if k != "name"}, batch])
-                if key not in known and budget.allows(f"torch {name} {layer['name']} {batch}", 3):
-                    known[key] = timed(layer_module(layer), data(layer["input"], batch))
-                if key in known:
-                    result["layers"][f"{layer['name']} {batch}"] = known[key]
-            models = importlib.import_module("torchvision.models")
-            if hasattr(models, name) and budget.allows(f"torch {name} {batch}", 10):
-                whole = getattr(models, name)().half().cuda().eval()
-                whole = whole.to(memory_format=torch.channels_last)
-                result["fp16"][str(batch)] = timed(whole, data([1, 3, 224, 224], batch))
-    return result
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"error": str(error)}
+    values = done.stdout.strip().partition("\n")[0].split(", ")
+    return dict(zip(fields.split(","), values, strict=False))

@@ -46,7 +46,11 @@ static int planned(const char* name) {
 
 extern "C" {
 
-int cuInit(unsigned) { ENTER; return 0; }
+int cuInit(unsigned) {
+  ENTER;
+  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+  return visible && !*visible ? 100 : 0;
+}
 int cuDeviceGetCount(int* count) { ENTER; *count = 1; return 0; }
 int cuDeviceGet(int* device, int) { ENTER; *device = 0; return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
