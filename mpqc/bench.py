@@ -7,22 +7,41 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mpqc.artifact import Artifact
 from mpqc.data import Data
-from mpqc.errors import ArtifactError, ModelError, UsageError
+from mpqc.errors import ArtifactError, EnvironmentLacks, ModelError, UsageError
 from mpqc.graph import Array
-from mpqc.runtime import LocalModel, Steps, open_model
+from mpqc.runtime import CompiledModel, LocalModel, Steps, open_model
+from mpqc.target import gpu
 
 if TYPE_CHECKING:
     from mpqc.ort import Session
 
+
+class Opponent(Protocol):
+    """What runs a float model to compare with."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Feed every input, get all outputs by name."""
+        ...
+
+    def seconds(self, feeds: Mapping[str, Array], repeat: int) -> list[float]:
+        """Wall time of single runs [s]."""
+        ...
+
+
 OPPONENTS: Mapping[str, str] = {
     "ort-fp32": "the model that was compiled in ONNX Runtime, optimised",
     "ort-int8": "the same after onnxruntime.quantization (QDQ, U8S8, per channel, MinMax)",
+    "ort-cuda": "the model that was compiled in ONNX Runtime on the GPU, as a CUDA graph",
+    "torch-fp16": "the same in PyTorch on the GPU, fp16, as a CUDA graph",
+    "torch-int8": "the same with PyTorch's int8 in matrix products and 1x1 convolutions",
 }
+ON_GPU = frozenset({"ort-cuda", "torch-fp16", "torch-int8"})
 WARM_UP = 3  # runs
+TOGETHER = 20  # runs of a GPU's step between two looks at the clock
 CALIBRATION_SAMPLES = 16  # of the opponent that calibrates
 
 
@@ -139,9 +158,9 @@ def bench(
         UsageError: an unknown opponent, or a count below one.
         ArtifactError: damaged, built for another machine, or the float model is gone.
         ModelError: ONNX Runtime refuses the float model.
+        EnvironmentLacks: no GPU for the artifact or an opponent, or an opponent is not installed.
     """
-    if strangers := [name for name in against if name not in OPPONENTS]:
-        raise UsageError(f"unknown opponent {strangers[0]!r}; choose from {', '.join(OPPONENTS)}")
+    check_opponents(against)
     if threads < 1 or repeat < 1:
         raise UsageError(f"threads and repeat start at 1, got {threads} and {repeat}")
     if per_layer and artifact.manifest.get("runtime") == "tvm":
@@ -153,12 +172,12 @@ def bench(
         }
         original = _original(artifact, model) if against else None
         if original is not None and artifact.manifest["model"].get("quantized"):
-            name, session = _quantized(artifact, original, against, threads)
-            session.run(feeds[0])
-            runs[name] = lambda count: session.seconds(feeds[0], count)
+            for name, session in _quantized(artifact, original, against, threads).items():
+                session.run(feeds[0])
+                runs[name] = lambda count, s=session: s.seconds(feeds[0], count)  # type: ignore[misc]
             against = ()
         for name in against:
-            runs[name] = _opponent(name, original, feeds, threads)
+            runs[name] = _opponent(name, original, feeds, threads, artifact)
         times = take_turns(runs, repeat)
         layers = _per_layer(compiled, feeds[0], repeat) if per_layer else ()
         batch = max((kind.shape[0] for kind in compiled.inputs.values() if kind.shape), default=1)
@@ -207,18 +226,39 @@ def _original(artifact: Artifact, model: Path | None) -> Path:
 
 
 def _opponent(
-    name: str, model: Path | None, feeds: Sequence[Mapping[str, Array]], threads: int
+    name: str,
+    model: Path | None,
+    feeds: Sequence[Mapping[str, Array]],
+    threads: int,
+    artifact: Artifact,
 ) -> Callable[[int], list[float]]:
     if model is None:
         raise ModelError(f"{name} needs the float model")
-    session = opponent(name, model, feeds, threads)
+    report = artifact.report
+    session = opponent(name, model, feeds, threads, report.get("dims"), int(report.get("batch", 1)))
     return lambda count: session.seconds(feeds[0], count)
 
 
 def _quantized(
     artifact: Artifact, model: Path, against: Sequence[str], threads: int
-) -> tuple[str, "Session"]:
+) -> "dict[str, Opponent]":
     """What a model that was quantized already competes with: itself, its integers fused by ORT."""
+    found: dict[str, Opponent] = {}
+    if pytorch := [name for name in against if name.startswith("torch-")]:
+        raise UsageError(f"{model.name} is quantized already, {pytorch[0]} takes float models")
+    if "ort-cuda" in against:
+        from mpqc.ort_cuda import CudaSession
+
+        found["ort-cuda"] = CudaSession(model)
+    if set(against) - ON_GPU:
+        name, session = _quantized_on_cpu(artifact, model, against, threads)
+        found[name] = session
+    return found
+
+
+def _quantized_on_cpu(
+    artifact: Artifact, model: Path, against: Sequence[str], threads: int
+) -> tuple[str, "Session"]:
     from mpqc.ort import Session
 
     if "ort-int8" in against:
@@ -237,33 +277,84 @@ def _quantized(
         return "ort (standard operators)", Session(to_onnx(graph), threads, optimise=True)
 
 
+def check_opponents(names: Sequence[str]) -> None:
+    """Refuse what cannot take part, before anything is run.
+
+    Raises:
+        UsageError: an unknown name.
+        EnvironmentLacks: one that needs a GPU, and there is none.
+    """
+    if strangers := [name for name in names if name not in OPPONENTS]:
+        raise UsageError(f"unknown opponent {strangers[0]!r}; choose from {', '.join(OPPONENTS)}")
+    on_gpu = [name for name in names if name in ON_GPU]
+    if on_gpu and not gpu().capability:
+        raise EnvironmentLacks(
+            f"{on_gpu[0]} runs on a GPU, and no CUDA driver with a GPU is found here"
+        )
+
+
 def opponent(
-    name: str, model: Path, feeds: Sequence[Mapping[str, Array]], threads: int
-) -> "Session":
-    """A session of ONNX Runtime to compare with.
+    name: str,
+    model: Path,
+    feeds: Sequence[Mapping[str, Array]],
+    threads: int,
+    dims: Mapping[str, int] | None = None,
+    batch: int = 1,
+) -> Opponent:
+    """Something else that runs the float model, to compare with.
 
     Args:
         name: from ``OPPONENTS``.
         model: float ONNX file.
         feeds: calibration of ``ort-int8``; the first is tried.
         threads: of the session.
+        dims: values of symbolic dimensions.
+        batch: samples of one run.
 
     Raises:
-        ModelError: ONNX Runtime refuses the model.
+        ModelError: it refuses the model.
+        EnvironmentLacks: it is not installed, or sees no GPU.
     """
+    session = _opened(name, model, feeds, threads, dims, batch)
+    session.run(feeds[0])  # says what does not fit before anything is timed
+    return session
+
+
+def _opened(
+    name: str,
+    model: Path,
+    feeds: Sequence[Mapping[str, Array]],
+    threads: int,
+    dims: Mapping[str, int] | None,
+    batch: int,
+) -> Opponent:
+    if name == "ort-cuda":
+        from mpqc.ort_cuda import CudaSession
+
+        return CudaSession(model)
+    if name in ON_GPU:
+        try:
+            from mpqc.train.opponent import TorchOpponent
+        except (ImportError, EnvironmentLacks) as error:  # mpqc.train says it of training
+            raise EnvironmentLacks(
+                f"{name} needs PyTorch: pip install torch (a build with CUDA)"
+            ) from error
+        return TorchOpponent(model, "int8" if name == "torch-int8" else "fp16", dims, batch)
     from mpqc.ort import Session, quantize_static
 
     source = quantize_static(model, feeds) if name == "ort-int8" else model
-    session = Session(source, threads, optimise=True)
-    session.run(feeds[0])  # says what does not fit before anything is timed
-    return session
+    return Session(source, threads, optimise=True)
 
 
 def _per_layer(
     compiled: LocalModel, feed: Mapping[str, Array], repeat: int
 ) -> tuple[LayerTiming, ...]:
     stepper = compiled.steps(feed)
-    times = [_step_times(stepper) for _ in range(repeat + 1)][1:]
+    if isinstance(compiled, CompiledModel) and compiled.on_gpu:
+        count = range(len(stepper))  # by the GPU's clock: the start of a kernel takes longer
+        times = [[compiled.time_step(index, TOGETHER) for index in count] for _ in range(repeat)]
+    else:
+        times = [_step_times(stepper) for _ in range(repeat + 1)][1:]
     manifest = compiled.manifest
     macs = {layer["name"]: layer["macs"] for layer in manifest["layers"]}
     return tuple(
@@ -298,6 +389,8 @@ def machine(versions: Mapping[str, str]) -> dict[str, Any]:
     facts["measured_with"] = {name: _version(name) for name in with_runtime}
     if hasattr(os, "getloadavg"):
         facts["load_average"] = round(os.getloadavg()[0], 2)
+    if gpu().name:
+        facts["gpu"] = gpu().name
     for line in _cpuinfo().splitlines():
         key, _, value = (part.strip() for part in line.partition(":"))
         if key in ("model name", "Model"):

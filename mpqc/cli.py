@@ -316,7 +316,11 @@ def bench(
     threads: Threads = 1,
     against: Annotated[
         str,
-        Option("--against", help="ort-fp32, ort-int8, both with a comma between, or none."),
+        Option(
+            "--against",
+            help="Some of ort-fp32, ort-int8, and on GPUs ort-cuda, torch-fp16, torch-int8, "
+            "with commas between, or none.",
+        ),
     ] = "ort-fp32",
     repeat: Annotated[int, Option("--repeat", min=1, help="Measured runs of each.")] = 20,
     per_layer: Annotated[bool, Option("--per-layer", help="Time every kernel too.")] = False,
@@ -332,7 +336,7 @@ def bench(
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Measure latency, run by run in turn with ONNX Runtime on the float model."""
+    """Measure latency, run by run in turn with ONNX Runtime or PyTorch on the float model."""
     from mpqc.artifact import Artifact
     from mpqc.bench import bench as bench_artifact
     from mpqc.boards.board import target_of

@@ -69,7 +69,12 @@ def compare(
     target: TargetOption = "native",
     kernel: Annotated[str, Option("--kernel", metavar="KIND", help="As in compile.")] = "auto",
     against: Annotated[
-        str, Option("--against", help="ort-fp32, ort-int8, both with a comma between, or none.")
+        str,
+        Option(
+            "--against",
+            help="Some of ort-fp32, ort-int8, and on GPUs ort-cuda, torch-fp16, torch-int8, or "
+            "none.",
+        ),
     ] = "ort-fp32,ort-int8",
     threads: Threads = 1,
     repeat: Annotated[int, Option("--repeat", min=1, help="Runs of each, at least.")] = 30,

@@ -19,7 +19,15 @@ from typing import Any
 
 from mpqc import importer
 from mpqc.artifact import Artifact, check_output, new_file, write_json
-from mpqc.bench import CALIBRATION_SAMPLES, OPPONENTS, machine, opponent, take_turns
+from mpqc.bench import (
+    CALIBRATION_SAMPLES,
+    OPPONENTS,
+    Opponent,
+    check_opponents,
+    machine,
+    opponent,
+    take_turns,
+)
 from mpqc.data import Data, open_data
 from mpqc.errors import EnvironmentLacks, MpqcError, OutputError, PlanError, UsageError
 from mpqc.foreign_plan import load_plan
@@ -128,7 +136,7 @@ def compare(
     *,
     threads: int = 1,
     repeat: int = REPEAT,
-    against: Sequence[str] = tuple(OPPONENTS),
+    against: Sequence[str] = ("ort-fp32", "ort-int8"),
     plot: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -158,8 +166,7 @@ def compare(
             f"{options.target.why_not_here}, so that nothing can be measured: compare on the "
             "machine itself, or choose a target that runs here"
         )
-    if strangers := [name for name in against if name not in OPPONENTS]:
-        raise UsageError(f"unknown opponent {strangers[0]!r}; choose from {', '.join(OPPONENTS)}")
+    check_opponents(against)
     graph = import_model(subject.model, subject.dims)
     sha256 = importer.sha256(subject.model)
     plans = _plans(subject, graph, sha256)
@@ -170,12 +177,12 @@ def compare(
     bench = _Bench(subject, graph, sha256, data, calibration, options, output, progress, counted)
     notes: list[str] = []
     builds = [bench.build(name, plan, notes) for name, plan in plans.items()]
-    sessions: dict[str, Session] = {}
+    sessions: dict[str, Opponent] = {}
     feeds = list(calibration.sample(CALIBRATION_SAMPLES * calibration.batch, options.seed).feeds())
     for name in against:
         progress(f"prepare {name}")
         try:
-            sessions[name] = opponent(name, subject.model, feeds, threads)
+            sessions[name] = opponent(name, subject.model, feeds, threads, subject.dims)
         except MpqcError as error:
             notes.append(f"{name} does not take part: {error}")
             continue
@@ -283,7 +290,7 @@ class _Bench:
         self._keep(file, build, artifact)
         return build
 
-    def judge_opponent(self, name: str, session: Session) -> Build:
+    def judge_opponent(self, name: str, session: Opponent) -> Build:
         file = self.output / "results" / f"{self._key(name)}.json"
         known = self._known(file, None, [])
         if known is not None:
@@ -348,7 +355,7 @@ def _quality(judged: Agreement) -> dict[str, Any]:
 
 def _with_latencies(
     builds: Sequence[Build],
-    sessions: Mapping[str, Session],
+    sessions: Mapping[str, Opponent],
     feed: Mapping[str, Array],
     output: Path,
     threads: int,

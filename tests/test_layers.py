@@ -22,7 +22,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "mpqc/onnx_parts.py",
         "mpqc/onnx_quantized.py",
     ),
-    "onnxruntime": ("mpqc/ort.py",),
+    "onnxruntime": ("mpqc/ort.py", "mpqc/ort_cuda.py"),
     "tvm": (
         "mpqc/boards/rpc.py",
         "mpqc/build.py",
