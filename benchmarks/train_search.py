@@ -3,13 +3,14 @@
     python -m benchmarks.train_search MODEL --train train.npz --test test.npz [--preprocess p.toml]
         [--methods uniform,eagl,alps,dnas,ebs,fracbits] [--budgets bitops=w2a2,size=w2a2,...]
         [--epochs 20] [--tune 60] [--seeds 0,1,2] [--device cuda] [--jobs 2] [--reduced]
-        [-o FOLDER] [--markdown docs/train/results.md]
+        [--option alps.epochs=0.1]... [-o FOLDER] [--markdown docs/train/results.md]
 
 All start from the same float model and see the same training samples. A point is a search and the
 fine-tuning of its plan; accuracy is of the trained integers on all test pictures. Points go through
 joblib (``--jobs``, ``--backend``), and each is a file as soon as it is measured: a second run goes
-on where the first stopped. ``--reduced`` is for CPUs: less of everything, and it says so. Writes
-train_search.json, a plot, and a table into the section ``<!-- train_search MODEL -->``.
+on where the first stopped. ``--reduced`` is for CPUs: less of everything, and it says so; whatever
+else is given holds. Writes train_search.json, a plot, and a table into the section
+``<!-- train_search MODEL -->``.
 """
 
 import argparse
@@ -27,6 +28,13 @@ from benchmarks import report
 from mpqc.errors import BudgetError, MpqcError
 
 METHODS = "uniform,eagl,progressive,alps,dnas,ebs,fracbits"
+REDUCED = {
+    "samples": 3200, "images": 1000, "seeds": "0", "epochs": 1.0, "tune": 1.5, "augment": "flip",
+    "batch_size": 32, "widths": "1,2,3,4", "budgets": "bitops=w2a2,bitops=w3a3",
+    "methods": "uniform,sensitivity,ebs,dnas,fracbits,alps",
+    "option": ["alps.epochs=0.1", "alps.start=1", "dnas.quantizer=lsq", "dnas.share_weights=true",
+               "dnas.samples=0"],
+}  # fmt: skip
 BUDGETS = "bitops=w2a2,bitops=w3a3,bitops=w4a4,size=w2a2,size=w3a3,size=w4a4"
 
 
@@ -48,6 +56,7 @@ class Setting:
         augment: as ``mpqc finetune --augment``.
         batch_size: samples of a step.
         device: to train on.
+        options: method -> its options.
         folder: for points and measurements.
     """
 
@@ -64,11 +73,13 @@ class Setting:
     augment: str
     batch_size: int
     device: str
+    options: Mapping[str, Mapping[str, str]]
     folder: Path
 
     def file(self, task: "Task") -> Path:
         """Where a point is kept."""
         parts = {k: str(v) for k, v in asdict(self).items() if k not in ("folder", "device")}
+        parts["options"] = str(sorted(self.options.get(task.method, {}).items()))
         digest = sha256(repr((sorted(parts.items()), task)).encode()).hexdigest()[:16]
         return self.folder / "points" / f"{digest}.json"
 
@@ -140,6 +151,7 @@ def measure(setting: Setting, task: Task) -> Point:
             budgets=task.budget,
             data=hunter.data,
             widths=setting.widths.split(","),
+            options=setting.options.get(task.method),
             trainer=hunter,
             seed=task.seed,
             cache=setting.folder / "cache",
@@ -231,18 +243,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--backend")
-    parser.add_argument("--reduced", action="store_true", help="1000 samples, 500 pictures, 1 seed")
+    parser.add_argument("--option", action="append", metavar="METHOD.NAME=VALUE")
+    parser.add_argument(
+        "--reduced", action="store_true",
+        help=", ".join(f"{name} {value}" for name, value in REDUCED.items()),
+    )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, default=Path("build/train_search"))
     parser.add_argument("--markdown", type=Path)
+    if parser.parse_args(arguments).reduced:
+        parser.set_defaults(**REDUCED)
     given = parser.parse_args(arguments)
-    if given.reduced:
-        given.samples, given.images, given.seeds = 1000, 500, given.seeds.partition(",")[0]
-        given.epochs, given.tune, given.lr = 1.0, 1.0, 0.001
-        given.augment, given.batch_size = "none", 25
     setting = Setting(
         given.model, given.train, given.test, given.preprocess, given.widths, given.epochs,
         given.tune, given.lr, given.samples, given.images, given.augment, given.batch_size,
-        given.device, given.output,
+        given.device, _options(parser, given.option or ()), given.output,
     )  # fmt: skip
     tasks = [
         Task(method, budget, int(seed))
@@ -258,8 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     note = f"{len(given.seeds.split(','))} seed(s), {given.tune:g} epochs of fine-tuning"
     if given.reduced:
         note += (
-            f", REDUCED: {given.samples} training samples, {given.images} test pictures, "
-            f"{given.epochs:g} epochs of search"
+            f", REDUCED: {given.samples} training samples in batches of {given.batch_size}, "
+            f"{given.images} test pictures, {given.epochs:g} epochs of search, widths "
+            f"{given.widths}" + "".join(f", {option}" for option in given.option or ())
         )
     text = f"{note}\n\n{table(points)}"
     print(text)
@@ -272,6 +287,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.markdown:
         report.replace_section(given.markdown, f"train_search {given.model.stem}", text)
     return 0
+
+
+def _options(parser: argparse.ArgumentParser, told: Sequence[str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for text in told:
+        name, equals, value = text.partition("=")
+        method, dot, option = name.partition(".")
+        if not (equals and dot):
+            parser.error(f"--option wants METHOD.NAME=VALUE, got {text!r}")
+        found.setdefault(method, {})[option] = value
+    return found
 
 
 def run(

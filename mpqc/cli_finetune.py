@@ -63,7 +63,12 @@ def finetune(
     epochs: Annotated[float, Option("--epochs", help="May be a fraction.")] = 10.0,
     validate: Annotated[
         str | None,
-        Option("--validate", metavar="D", help="Measure on these; by default a tenth is held out."),
+        Option(
+            "--validate",
+            metavar="D",
+            help="Measure on these, and deliver the best epoch, "
+            "or the start; by default a tenth is held out, and the last epoch delivered.",
+        ),
     ] = None,
     preprocess: PreprocessOption = None,
     label_weight: Annotated[
@@ -82,7 +87,14 @@ def finetune(
     ] = "auto",
     temperature: Annotated[float, Option("--temperature", help="Of kl.")] = 2.0,
     batch_size: Annotated[int, Option("--batch-size", min=1, help="Samples of a step.")] = 64,
-    lr: Annotated[float, Option("--lr", help="Of weights, relative to their magnitude.")] = 0.005,
+    lr: Annotated[
+        float,
+        Option(
+            "--lr",
+            help="Of weights, relative to their magnitude, at two bits; "
+            "half of it for each bit more.",
+        ),
+    ] = 0.005,
     step_lr: Annotated[float, Option("--step-lr", help="Of quantizer steps, relative.")] = 0.003,
     optimizer: Annotated[
         Literal["adam", "sgd"], Option("--optimizer", help="How steps are made.")
@@ -270,6 +282,13 @@ def _table(result: "Tuned") -> Any:
     for name, value in rows:
         if value is not None:
             table.add_row(f"{result.metric}, {name}", f"{value:.2%}")
+    last = len(result.history)
+    told = f"epoch {result.delivered} of {last}"
+    if result.delivered == 0:
+        told = (
+            f"the rounded start: none of {last} epochs was better; train longer, or at another --lr"
+        )
+    table.add_row("delivered", told)
     table.add_row("model", str(result.model))
     table.add_row("plan", str(result.plan))
     table.add_row("curves", str(result.folder / "curves.png"))

@@ -120,7 +120,13 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 class WeightQuantizer(nn.Module, ABC):
-    """From float weights to integers times a scale for each output channel."""
+    """From float weights to integers times a scale for each output channel.
+
+    Attributes:
+        bits: width, of the widest channel.
+    """
+
+    bits: int
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
@@ -180,6 +186,7 @@ class LsqWeights(WeightQuantizer):
     def __init__(self, bits: Bits, step: Array, shape: Sequence[int], odd: bool = False) -> None:
         super().__init__()
         self.levels = _Levels(bits, shape[0], odd, len(shape))
+        self.bits = self.levels.bits
         steps = np.clip(np.asarray(step, np.float64), MIN_SCALE, MAX_SCALE)
         logs = torch.from_numpy(np.log(steps).astype(np.float32))
         self.log_step = nn.Parameter(logs.reshape(-1, *[1] * (len(shape) - 1)))

@@ -37,6 +37,7 @@ from mpqc.train.loop import (
     evaluate,
     find_device,
     seeded,
+    settle,
     silent,
 )
 from mpqc.train.module import GraphModule, load_graph
@@ -84,6 +85,7 @@ class Tuned:
         reference: of the float model.
         before: quantized without training.
         after: fine-tuned.
+        delivered: epoch whose weights are in the file; 0: the start, which no epoch reached.
         device: that trained.
         seconds: of training.
         notes: what could not be done.
@@ -96,6 +98,7 @@ class Tuned:
     reference: float | None
     before: float | None
     after: float | None
+    delivered: int
     device: str
     seconds: float
     history: list[EpochRecord] = field(default_factory=list)
@@ -143,7 +146,9 @@ def finetune(
         plan: widths; or
         bits: one width for the body, ``ends`` for the first layers and the classifier.
         ends: None gives them the body's width.
-        validate: data to measure on; by default a tenth of the training data, at most 1000.
+        validate: data to measure on, and to choose the best epoch by, the start among them; by
+            default a tenth of the training data, at most 1000, is measured on, and the last
+            epoch is delivered.
         preprocess: of pictures, for both.
         dims: of symbolic dimensions.
         max_samples: of the training data.
@@ -195,6 +200,7 @@ def finetune(
     quantize_module(network, plan, calibration, rounded, options.quantizers)
     network.to(device)
     exact.to(device)
+    settle(network, training, recipe, rounded is not None and options.quantizers.compensated)
     phase("measure")
     seeded(recipe.seed)
     teacher = _teacher(exact, training, objective, recipe)
@@ -205,6 +211,8 @@ def finetune(
         reference = evaluate(exact, held, objective, judge, size) if judge is None else None
         before = evaluate(network, held, objective, judge, size)
     work = Training(network, objective, training, held, recipe, teacher)
+    if validate is not None and before is not None:
+        work.consider(before, 0)
     about = _about(digest, plan, options, training)
     saved = folder / CHECKPOINT
     if resume and saved.exists():
@@ -223,8 +231,9 @@ def finetune(
     notes = _write_history(folder, work.history, objective.metric, reference)
     with contextlib.suppress(OSError):
         saved.unlink()
+    delivered = len(work.history) if work.best is None else work.best.epoch
     return Tuned(output, plan_path, folder, objective.metric, reference, before, after,
-                 str(device), seconds, work.history, notes)  # fmt: skip
+                 delivered, str(device), seconds, work.history, notes)  # fmt: skip
 
 
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

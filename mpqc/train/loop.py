@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,8 +18,10 @@ from mpqc.train import checkpoint
 from mpqc.train.batches import Augment, Batch, TrainingSet
 from mpqc.train.module import GraphModule
 from mpqc.train.objective import Objective, Score
+from mpqc.train.quantized_layer import QuantizedLayer
 
 TARGET_BYTES = 2**30  # of the float model's outputs on all samples, beyond: computed each time
+SETTLING_SAMPLES = 256
 SMALLEST = 1e-2  # magnitude of parameters that start at zero
 
 
@@ -34,14 +37,17 @@ class Recipe:
         epochs: may be a fraction.
         batch_size: samples of a step; what does not fill one is left out of an epoch.
         lr: of the weights, over the root mean square that each parameter starts with: 0.01
-            moves it by about a percent a step at first.
-        step_lr: of logarithms of the quantizers' steps, and of what hooks add.
+            moves it by about a percent a step at first. Half of it for each bit that quantized
+            layers have beyond two: their steps are finer, and they start closer to the float model.
+        step_lr: of logarithms of the quantizers' steps, and of what hooks add; likewise.
         optimizer: ``adam``, or ``sgd`` with Nesterov momentum 0.9.
         weight_decay: decoupled, of weights.
         warmup: share of all steps in which the rates rise; then they fall as a cosine to zero.
         ema: decay of the running average of the weights, which is what is evaluated and kept;
             0 for none. It starts lower.
-        freeze: share of all steps at the end in which BatchNormalization keeps its statistics.
+        freeze: share of all steps at the end in which BatchNormalization keeps its statistics;
+            by default all of them, because the noise of small batches costs more than it brings
+            a network that starts close to its goal.
         clip: greatest norm of the gradient; 0 for none.
         augment: of pictures.
         seed: of the order and of augmentation.
@@ -55,7 +61,7 @@ class Recipe:
     weight_decay: float = 0.0
     warmup: float = 0.05
     ema: float = 0.999
-    freeze: float = 0.1
+    freeze: float = 1.0
     clip: float = 0.0
     augment: Augment = Augment()  # noqa: RUF009 - frozen
     seed: int = 0
@@ -97,6 +103,21 @@ class Status:
     loss: float
     training: float
     record: EpochRecord | None = None
+
+
+@dataclass
+class Best:
+    """Weights as they were once.
+
+    Attributes:
+        metric: validation.
+        epoch: how many had ended; 0: where training starts.
+        weights: parameters and statistics by name.
+    """
+
+    metric: float
+    epoch: int
+    weights: dict[str, Tensor]
 
 
 Report: TypeAlias = Callable[[Status], None]
@@ -187,6 +208,7 @@ class Training:
         teacher: float model; None where labels are all.
         extra_loss: added to the loss of each step; for the cost terms of searches.
         groups: optimizer's parameter groups, by default all parameters of the module.
+        best: the best weights of those that ``consider`` was called for; what ``run`` leaves.
     """
 
     module: GraphModule
@@ -199,6 +221,7 @@ class Training:
     groups: list[dict[str, Any]] | None = None
     history: list[EpochRecord] = field(default_factory=list)
     step: int = 0
+    best: "Best | None" = None
 
     def __post_init__(self) -> None:
         self.training.check_batch(self.recipe.batch_size)
@@ -236,6 +259,7 @@ class Training:
             "history": [asdict(record) for record in self.history],
             "sums": self._sums,
             "random": torch.get_rng_state(),
+            "best": None if self.best is None else dict(vars(self.best)),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -248,6 +272,18 @@ class Training:
         self.history = [EpochRecord(**record) for record in state["history"]]
         self._sums = list(state["sums"])
         torch.set_rng_state(state["random"])
+        if state["best"] is not None:
+            self.best = Best(**state["best"])
+
+    def consider(self, metric: float, epoch: int) -> None:
+        """Keep the module's weights as the best, unless others were better.
+
+        Called before ``run``, it makes every epoch's averaged weights a candidate, and ``run``
+        leaves the best of all in the module. Of equal ones the latest is taken.
+        """
+        if self.best is None or metric >= self.best.metric:
+            weights = {name: t.detach().clone() for name, t in self._averaged().items()}
+            self.best = Best(metric, epoch, weights)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -257,17 +293,17 @@ class Training:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in self._averaged().items():
-                    tensor.copy_(own[name])
+            self._take(own)
 
     def keep_average(self) -> None:
         """The averaged weights in the module, for good."""
-        if not self.recipe.ema:
-            return
+        if self.recipe.ema:
+            self._take(self._average)
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in self._averaged().items():
-                tensor.copy_(self._average[name])
+                tensor.copy_(weights[name])
 
     # Steps -----------------------------------------------------------------------------------
 
@@ -311,6 +347,8 @@ class Training:
                     break
         if self.step >= self.steps:
             self.keep_average()
+            if self.best is not None:
+                self._take(self.best.weights)
         self.module.eval()
         return self.history
 
@@ -377,6 +415,8 @@ class Training:
         if len(self.validation):
             with self.averaged():
                 measured = self.evaluate(self.validation)
+                if self.best is not None:
+                    self.consider(measured, epoch + 1)
         record = EpochRecord(
             epoch + 1, loss / max(1, count), right / max(1.0, seen), measured,
             self.recipe.rate(self.step - 1, self.steps), time.monotonic() - started,
@@ -388,6 +428,21 @@ class Training:
         """Metric of the module as it is, as compiled."""
         teacher = None if data.labels is not None and self.objective.head else self.teacher
         return evaluate(self.module, data, self.objective, teacher, self.recipe.batch_size)
+
+
+def settle(module: GraphModule, training: TrainingSet, recipe: Recipe, keep: bool) -> None:
+    """Fit BatchNormalization to the quantized network before it trains.
+
+    Args:
+        module: quantized.
+        training: samples; a few of them are seen.
+        recipe: their batch size and order.
+        keep: what the network computes, because rounding with compensation made it so.
+    """
+    device = _device_of(module)
+    batches = training.epoch(recipe.batch_size, 0, recipe.seed)
+    few = islice(batches, -(-SETTLING_SAMPLES // recipe.batch_size))
+    module.settle_batch_norm((batch.to(device).feeds for batch in few), keep)
 
 
 def run(module: GraphModule, batch: Batch) -> dict[str, Tensor]:
@@ -433,20 +488,30 @@ def evaluate(
     return score.value
 
 
+def fineness(module: GraphModule) -> float:
+    """What rates are multiplied by: 1 for a float network and to two bits, least 1/16."""
+    found = [module.hooks.find(name) for name in module.hooks.names()]
+    bits = [(h.weight.bits + h.data.bits) / 2 for h in found if isinstance(h, QuantizedLayer)]
+    body = [b for b in bits if b < 8] or bits  # the first and last layers keep eight bits
+    mean = sum(body) / len(body) if body else 2.0
+    return float(2.0 ** -min(max(mean - 2, 0.0), 4.0))
+
+
 def parameter_groups(module: GraphModule, recipe: Recipe) -> list[dict[str, Any]]:
     """Weights by their magnitudes, and what hooks and quantizers learn."""
+    share = fineness(module)
     groups: dict[float, list[Tensor]] = {}
     for tensor in module.learned().values():
         size = max(float(tensor.detach().square().mean().sqrt()), SMALLEST * 0.1)
         groups.setdefault(2.0 ** round(math.log2(size)), []).append(tensor)
     found: list[dict[str, Any]] = [
-        {"params": tensors, "lr": recipe.lr * size, "weight_decay": recipe.weight_decay}
+        {"params": tensors, "lr": share * recipe.lr * size, "weight_decay": recipe.weight_decay}
         for size, tensors in sorted(groups.items())
     ]
     own = {id(tensor) for tensors in groups.values() for tensor in tensors}
     rest = [tensor for tensor in module.parameters() if id(tensor) not in own]
     if rest:
-        found.append({"params": rest, "lr": recipe.step_lr, "weight_decay": 0.0})
+        found.append({"params": rest, "lr": share * recipe.step_lr, "weight_decay": 0.0})
     return found
 
 

@@ -226,15 +226,16 @@ class GraphModule(nn.Module):
         self._positive.add(scale)
         return True
 
-    def rebase_batch_norm(self, batches: Iterable[Feeds]) -> None:
-        """Give BatchNormalization the statistics of these batches; the function stays the same.
+    def settle_batch_norm(self, batches: Iterable[Feeds], keep: bool) -> None:
+        """Give BatchNormalization the statistics that it sees in these batches.
 
-        Quantization moves the values that BatchNormalization sees, and biases may already make
-        up for that. With the old statistics training would start elsewhere than evaluation:
-        the batch's statistics make up for the same shift a second time.
+        Quantization shifts them. Where biases make up for that already, as after rounding with
+        compensation, scale and bias change too, so that the network computes what it did:
+        statistics of batches would make up for the same shift a second time.
 
         Args:
             batches: as ``forward`` takes them; none: nothing happens.
+            keep: the function; else the normalization does what it is for.
         """
         norms = {
             node.inputs[0]: node
@@ -243,25 +244,30 @@ class GraphModule(nn.Module):
             and all(len(self.graph.consumers(name)) == 1 for name in node.inputs[1:5])
             and all(name in self._params for name in node.inputs[1:5])
         }
+        if not norms:
+            return
         training, frozen = self.training, self.freeze_batch_norm
         self.train()
-        self.freeze_batch_norm = True
-        sums = {value: [torch.zeros(()), torch.zeros(())] for value in norms}
-        count = 0
+        self.freeze_batch_norm = keep
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {value: [] for value in norms}
         with torch.no_grad():
-            for feeds in batches if norms else ():
-                count += 1
+            for feeds in batches:
                 for value, x in self(feeds, tuple(norms)).items():
                     rows = x.double().transpose(0, 1).flatten(1)
-                    found = rows.mean(1), rows.var(1, correction=int(rows.shape[1] > 1))
-                    sums[value] = [a.to(b.device) + b for a, b in zip(sums[value], found)]
-            for value, node in norms.items() if count else ():
+                    unbiased = int(rows.shape[1] > 1)
+                    seen[value].append((rows.mean(1), rows.var(1, correction=unbiased)))
+            for value, node in norms.items():
+                if not seen[value]:
+                    continue
                 scale, bias, mean, variance = (self.raw(name) for name in node.inputs[1:5])
                 epsilon = float(node.attrs.get("epsilon", 1e-5))  # type: ignore[arg-type]
-                new_mean, new_variance = (total / count for total in sums[value])
-                factor = self.constant(node.inputs[1]) / (variance.double() + epsilon).sqrt()
-                bias.add_((new_mean - mean) * factor)
-                scale.copy_(factor * (new_variance + epsilon).sqrt())
+                new_mean, new_variance = (
+                    torch.stack(rows).mean(0) for rows in zip(*seen[value], strict=True)
+                )
+                if keep:
+                    factor = self.constant(node.inputs[1]) / (variance.double() + epsilon).sqrt()
+                    bias.add_((new_mean - mean) * factor)
+                    scale.copy_(factor * (new_variance + epsilon).sqrt())
                 mean.copy_(new_mean)
                 variance.copy_(new_variance)
         self.train(training)

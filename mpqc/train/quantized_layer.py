@@ -29,6 +29,7 @@ from mpqc.train.module import GraphModule, LayerHook, Product
 
 WeightScheme: TypeAlias = Literal["lsq", "lsq-odd", "dorefa", "dorefa-modified", "dorefa-centered"]
 InputScheme: TypeAlias = Literal["lsq", "pact"]
+INSIDE = 0.25  # steps between a weight and its code where training starts, at most
 
 
 class QuantizedLayer(LayerHook):
@@ -82,6 +83,11 @@ class Quantizers:
             raise UsageError(f"no weight quantizer {self.weights!r}")
         if self.inputs not in ("lsq", "pact"):
             raise UsageError(f"no input quantizer {self.inputs!r}")
+
+    @property
+    def compensated(self) -> bool:
+        """Whether weights can start as rounding with compensation leaves them."""
+        return self.weights == "lsq"
 
     def weight(self, weight: Tensor, bits: int | tuple[int, ...]) -> WeightQuantizer:
         """A fresh quantizer for float weights, output channels first."""
@@ -150,12 +156,12 @@ def quantize_module(
                 )  # fmt: skip
                 data[value] = quantizers.data(rule, _values(module, value))
         weight = module.weight(name).detach()
-        if start is not None and quantizers.weights == "lsq":
+        if start is not None and quantizers.compensated:
             quantizer: WeightQuantizer = _resume(module, graph, name, planned.weight_bits, start)
         else:
             quantizer = quantizers.weight(weight, planned.weight_bits)
         hook = QuantizedLayer(quantizer, data[value])
-        if start is not None:
+        if start is not None and quantizers.compensated:
             _start_bias(module, graph, name, hook, start)
         module.hooks.put(name, hook)
 
@@ -171,7 +177,8 @@ def _resume(
 ) -> LsqWeights:
     """Steps, weights and bias with which the layer computes what ``start`` says.
 
-    Weights move no further than into the cells of their codes.
+    Weights move no further than into the middle half of the cells of their codes: a weight on
+    the border would lose what compensation chose with the first small step.
     """
     _, scale, _ = affine_chain(graph, graph[name])
     convolution = module.layers[name].op == "Conv"
@@ -190,7 +197,7 @@ def _resume(
         odd = (
             levels.odd if levels.odd is not None else torch.zeros_like(levels.low, dtype=torch.bool)
         )
-        reach = torch.where(odd, 0.98, 0.49)
+        reach = torch.where(odd, 2 * INSIDE, INSIDE)
         low = torch.where(codes <= levels.low, -torch.inf, codes - reach)
         high = torch.where(codes >= levels.high, torch.inf, codes + reach)
         moved = torch.minimum(torch.maximum(weight / steps, low), high) * steps

@@ -17,7 +17,7 @@ from mpqc.passes.round_layers import round_layers
 from mpqc.plan import LayerPlan, Plan
 from mpqc.rounding import Accuracy
 from mpqc.train.batches import SetData, TrainingSet
-from mpqc.train.loop import Recipe, Teacher, Training, evaluate, find_device, seeded
+from mpqc.train.loop import Recipe, Teacher, Training, evaluate, find_device, seeded, settle
 from mpqc.train.module import GraphModule
 from mpqc.train.objective import Objective
 from mpqc.train.quantized_layer import Quantizers, quantize_module
@@ -137,8 +137,8 @@ class PlanTrainer:
             compensate: without a checkpoint, start where training-free quantization ends.
         """
         module = GraphModule(self.graph if checkpoint is None else checkpoint.to_graph())
+        rounded = None
         if plan is not None:
-            rounded = None
             if checkpoint is None and compensate and plan.narrow:
                 rounded = round_layers(
                     self.flat, plan, self.calibration(),
@@ -149,6 +149,9 @@ class PlanTrainer:
             if checkpoint is not None:
                 _keep_quantizers(module, checkpoint)
         module.to(find_device(self.device))
+        if plan is not None:
+            keep = rounded is not None and self.quantizers.compensated
+            settle(module, self.training, self.recipe, keep)
         return module
 
     def fit(

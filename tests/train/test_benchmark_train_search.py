@@ -20,8 +20,8 @@ def test_a_table_that_a_second_run_only_reads(
     name = f"train_search {demo[0].stem}"
     document.write_text(f"<!-- {name} -->\n<!-- end {name} -->\n")
     words = [model, "--train", train, "--test", test, "--methods", "uniform,eagl", "--budgets",
-             "bitops=w3a3", "--reduced", "-o", str(tmp_path / "out"),
-             "--markdown", str(document)]  # fmt: skip
+             "bitops=w3a3", "--reduced", "--samples", "180", "--batch-size", "20",
+             "-o", str(tmp_path / "out"), "--markdown", str(document)]  # fmt: skip
     assert train_search.main(words) == 0
     found = json.loads((tmp_path / "out/train_search.json").read_text())
     assert found["reduced"]
@@ -29,7 +29,7 @@ def test_a_table_that_a_second_run_only_reads(
     for point in found["points"]:
         assert point["cost"]["bitops"] <= point["cost"]["limit"]
         assert point["accuracy"] > 0.9
-    assert "REDUCED: 1000 training samples" in document.read_text()
+    assert "REDUCED: 180 training samples in batches of 20" in document.read_text()
     assert "| uniform | bitops=w3a3 |" in document.read_text()
     assert (tmp_path / "out/train_search.png").exists()
     monkeypatch.setattr(train_search, "measure", None)

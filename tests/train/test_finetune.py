@@ -279,3 +279,45 @@ def test_feeds_of_a_function(demo: Files, tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.after is not None
     assert len(result.history) == 1
+
+
+def test_a_start_that_no_epoch_reaches_is_delivered(demo: Files, tmp_path: Path) -> None:
+    """With --validate the best of all is in the file, and the report says which that was."""
+    words = [demo[0], "--train", demo[1], "--validate", demo[2], "--bits", "w4a4",
+             "--batch-size", 20, "-o", tmp_path / "t.onnx"]  # fmt: skip
+    result = call(*words, "--epochs", 2, "--lr", 2, "--step-lr", 2, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    epochs = [row["validation"] for row in found["history"]]
+    assert max(epochs) < found["before"]  # these rates are absurd
+    assert found["delivered"] == 0
+    assert found["after"] == found["before"]
+    with np.load(demo[2]) as arrays:
+        logits = Session(tmp_path / "t.onnx").run({"input": arrays["input"]})["logits"]
+        accuracy = (logits.argmax(1) == arrays["labels"]).mean()
+    assert accuracy == pytest.approx(found["before"], abs=0.005)
+    table = call(*words, "--epochs", 2, "--lr", 2, "--step-lr", 2, "--overwrite")
+    assert "the rounded start" in " ".join(table.stdout.split())
+
+
+def test_the_best_epoch_survives_an_interruption(demo: Files, tmp_path: Path) -> None:
+    """Epochs that get worse: the first or the start is what both runs deliver."""
+    recipe = Recipe(epochs=3, batch_size=25, lr=0.5, step_lr=0.5)
+
+    def tuned(output: Path, **given: Any) -> Any:
+        return finetune(
+            demo[0], output, demo[1], Options(recipe=recipe, every=0.0), bits=Precision(3, 3),
+            validate=demo[2], **given,
+        )  # fmt: skip
+
+    def interrupt(status: Status) -> None:
+        if status.step == 19:
+            raise KeyboardInterrupt
+
+    whole = tuned(tmp_path / "whole.onnx")
+    assert whole.delivered < 3
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path / "parts.onnx", report=interrupt)
+    parts = tuned(tmp_path / "parts.onnx", resume=True)
+    assert (parts.delivered, parts.after) == (whole.delivered, whole.after)
+    assert (tmp_path / "parts.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()

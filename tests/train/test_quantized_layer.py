@@ -1,5 +1,7 @@
 """Evaluation is the compiled arithmetic: codes, sums and outputs of every layer."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -220,3 +222,45 @@ def test_what_does_not_fit_is_refused() -> None:
             GraphModule(graph), plan.model_copy(update={"layers": mixed}), calibration, None,
             Quantizers("dorefa"),
         )  # fmt: skip
+
+
+def test_settled_on_data_the_network_computes_what_it_did() -> None:
+    """Afterwards statistics of the batch, in training, change nothing but by their noise."""
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision(2, 2), None)
+    module, _, feeds = rounded_module(NETWORK, plan)
+    x = torch.from_numpy(feeds["x"])
+    before = module.eval()({"x": x})["y"]
+    old = {name: tensor.clone() for name, tensor in module.statistics().items()}
+    module.settle_batch_norm([{"x": x}], keep=True)
+    assert not module.training
+    assert not module.freeze_batch_norm
+    torch.testing.assert_close(module({"x": x})["y"], before, atol=1e-4, rtol=1e-4)
+    moved = max(float((old[k] - t).abs().max()) for k, t in module.statistics().items())
+    assert moved > 0.01
+    follows = copy.deepcopy(module).train()({"x": x})["y"]  # the same batch: hardly any noise
+    module.train().freeze_batch_norm = True
+    torch.testing.assert_close(follows, module({"x": x})["y"], atol=0.05, rtol=0.05)
+
+
+def test_settled_without_compensation_batch_norm_takes_the_shift_away() -> None:
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision(2, 2), None)
+    graph, calibration, feeds = setting(NETWORK, plan)
+    module = GraphModule(graph)
+    quantize_module(module, plan, calibration, None, Quantizers("lsq-odd"))
+    x = torch.from_numpy(feeds["x"])
+    wanted = copy.deepcopy(module).train()({"x": x})["y"]
+    module.settle_batch_norm([{"x": x}], keep=False)
+    module.train().freeze_batch_norm = True
+    torch.testing.assert_close(module({"x": x})["y"], wanted, atol=0.05, rtol=0.05)
+
+
+def test_compensated_codes_do_not_hang_on_a_hair() -> None:
+    """A small step of every weight leaves the codes where compensation put them."""
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision(3, 3), None)
+    module, _, _ = rounded_module(NETWORK, plan)
+    for name in plan.layers:
+        hook, weight = module.hooks.find(name), module.weight(name).detach()
+        codes = hook.weight.integers(weight).values
+        step = hook.weight.step.detach()
+        for way in (-0.2, 0.2):
+            assert np.array_equal(hook.weight.integers(weight + way * step).values, codes)
