@@ -365,13 +365,42 @@ static int record(mpqc_model* m, int index, int times, cu_exec* result) {
   return status;
 }
 
+/* Start the graph, or without one what it would hold. */
+static int start(mpqc_model* m, cu_exec graph, int index, int times) {
+  TRY(cu.record(m->begin, m->stream), "event");
+  if (graph) {
+    TRY(cu.launch_graph(graph, m->stream), "starting the graph");
+  } else {
+    int status = queue(m, index, times);
+    if (status) return status;
+  }
+  TRY(cu.record(m->end, m->stream), "event");
+  return MPQC_OK;
+}
+
+/* Start and wait, also for what was started before something failed: pinned memory stays its own. */
+static int finish(mpqc_model* m, cu_exec graph, int index, int times) {
+  float milliseconds = 0;
+  int status = start(m, graph, index, times);
+  cu_result code = cu.wait(m->stream);
+  if (status) return status;
+  if (code) return driver_failed(code, "running the kernels");
+  if (!cu.elapsed(&milliseconds, m->begin, m->end)) m->seconds = milliseconds * 1e-3;
+  return MPQC_OK;
+}
+
 static int prepare(mpqc_model* m) {
   TRY(cu.make_stream(&m->stream, CU_STREAM_NON_BLOCKING), "stream");
   TRY(cu.make_event(&m->begin, 0), "event");
   TRY(cu.make_event(&m->end, 0), "event");
   TRY(cu.allocate(&m->arena, at_least_one(MPQC_ARENA_BYTES)), "values");
   TRY(cu.allocate_host((void**)&m->staging, staging_bytes()), "pinned memory");
-  return graphs_wanted() ? record(m, -1, 1, &m->graph) : MPQC_OK;
+  if (!graphs_wanted()) return MPQC_OK;
+  /* Drivers load a kernel when it is first launched, which is better done before anything is
+   * recorded: a run over zeros. */
+  memset(m->staging, 0, staging_bytes());
+  int status = finish(m, NULL, -1, 1);
+  return status ? status : record(m, -1, 1, &m->graph);
 }
 
 /* In reverse; errors are of no use any more. */
@@ -481,30 +510,6 @@ static void hand_out(mpqc_model* m) {
   for (int i = 0; i < mpqc_inputs_n; i++) at += (mpqc_inputs[i].bytes + 63) / 64 * 64;
   for (int i = 0; i < mpqc_outputs_n; at += (mpqc_outputs[i++].bytes + 63) / 64 * 64)
     if (mpqc_outputs[i].bytes) memcpy(m->results[i], m->staging + at, mpqc_outputs[i].bytes);
-}
-
-/* Start the graph, or without one what it would hold. */
-static int start(mpqc_model* m, cu_exec graph, int index, int times) {
-  TRY(cu.record(m->begin, m->stream), "event");
-  if (graph) {
-    TRY(cu.launch_graph(graph, m->stream), "starting the graph");
-  } else {
-    int status = queue(m, index, times);
-    if (status) return status;
-  }
-  TRY(cu.record(m->end, m->stream), "event");
-  return MPQC_OK;
-}
-
-/* Start and wait, also for what was started before something failed: pinned memory stays its own. */
-static int finish(mpqc_model* m, cu_exec graph, int index, int times) {
-  float milliseconds = 0;
-  int status = start(m, graph, index, times);
-  cu_result code = cu.wait(m->stream);
-  if (status) return status;
-  if (code) return driver_failed(code, "running the kernels");
-  if (!cu.elapsed(&milliseconds, m->begin, m->end)) m->seconds = milliseconds * 1e-3;
-  return MPQC_OK;
 }
 
 /* Run the step, or all with index -1, and wait; the caller's outputs are touched at the very end. */

@@ -201,6 +201,8 @@ def test_no_driver_is_said(library: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("cuModuleGetFunction:500", ArtifactError, "CUDA error 500"),
         ("cuMemAlloc_v2:2", ArtifactError, "out of GPU memory"),
         ("cuMemAllocHost_v2:2", ArtifactError, "out of GPU memory"),
+        ("cuLaunchKernel:701", ArtifactError, "the GPU failed"),
+        ("cuStreamSynchronize:700", ArtifactError, "the GPU failed"),
         ("cuGraphInstantiateWithFlags:999", ArtifactError, "making a graph"),
         ("cuStreamCreate:700", ArtifactError, "the GPU failed"),
     ],
@@ -246,6 +248,33 @@ def test_a_gpu_lost_in_the_middle_writes_nothing(
         monkeypatch.delenv("MPQC_EMULATED_FAIL")
         with pytest.raises(ArtifactError, match="earlier run"):
             model.run(fed)
+
+
+def test_verbs_that_lose_the_gpu_leave_nothing_half_written(
+    tmp_path: Path, gpu: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calibration, test = mpqc.demo.files()
+    out, results = tmp_path / "out", tmp_path / "y.npz"
+    words = ("compile", model, "--bits", "w2a2", "--data", calibration, "--target", SM86.name)
+    assert CliRunner().invoke(app, [*map(str, words), "-o", str(out)]).exit_code == 0
+    assert gpu.sources
+    monkeypatch.setenv("MPQC_EMULATED_FAIL", "cuGraphLaunch:719:2")
+    verbs: list[tuple[object, ...]] = [
+        ("run", out, "--input", test, "-o", results), ("verify", out, "--data", test),
+        ("bench", out, "--against", "none"),
+    ]  # fmt: skip
+    for verb in verbs:
+        said = CliRunner().invoke(app, list(map(str, verb)))
+        assert said.exit_code == 2, said.output
+        assert "the GPU failed" in said.stderr
+        assert "Traceback" not in said.output
+    assert not results.exists()
+    assert not [path for path in tmp_path.iterdir() if path != out]
+    monkeypatch.setenv("MPQC_EMULATED_FAIL", "cuMemAlloc_v2:2:1")
+    said = CliRunner().invoke(app, ["run", str(out), "--input", str(test), "-o", str(results)])
+    assert said.exit_code == 2
+    assert "smaller --batch" in " ".join(said.stderr.split())
+    assert not results.exists()
 
 
 # ---- whole models
