@@ -373,7 +373,7 @@ def _bands(layer: Layer, weight: Any, rows: int = 1, *, pairs: bool = False) -> 
     if work * (layer.weight_bits * layer.activation_bits if pairs else 1) < WORTH_THREADS:
         return 0
     size = prod(int(extent) for extent in weight.shape) * (2 if weight.dtype == "int16" else 1)
-    return largest_divisor(layer.window.oh // rows, MOST_BANDS) if size <= BANDED else 1
+    return largest_divisor(-(-layer.window.oh // rows), MOST_BANDS) if size <= BANDED else 1
 
 
 def _exact(

@@ -60,6 +60,16 @@ def test_every_instruction(
     check(case, kind, target)
 
 
+@pytest.mark.parametrize("rows", [26, 27, 30])
+@ON_KINDS
+def test_rows_that_patches_do_not_divide(rows: int, target: Target, kind: str) -> None:
+    """Threads share out whole patches."""
+    case = Case(square(rows, 27), 32, 64, 1, 2, 2)
+    if not fits(kind, case):
+        pytest.skip("some integer would not hold: never chosen")
+    check(case, kind, target)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     window = square(draw(st.integers(1, 9)), draw(st.integers(1, 15)), draw(st.integers(1, 2)))
