@@ -50,17 +50,21 @@ def test_graphs_give_the_same_bits(text: str, kernel: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "name",
     [
+        "TFC_2W2A",
+        "jettagging_qkeras",
         "mnist_cnn",
         "cifar10_resnet8",
         "magika_standard_v3_3",
         "mobilenet_v1_0.25_224",
-        pytest.param("cifar10_resnet20", marks=pytest.mark.slow),
-        pytest.param("mobilenet_v2_1.0_224", marks=pytest.mark.slow),
-        pytest.param("squeezenet1.0_sparse", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow)
+          for name in ("TFC_1W1A", "cifar10_resnet8_int8_qdq", "cifar10_resnet20",
+                       "ppocr_v2_angle_cls", "mobilenet_v2_1.0_224", "squeezenet1.0_sparse",
+                       "mobilenet_v2_1.0_224_uint8_qdq")),
     ],
-)
+)  # fmt: skip
 def test_real_models_give_the_same_bits(name: str, shared_models: Path, tmp_path: Path) -> None:
-    program, fed = quantized_program(shared_models / f"{name}.onnx", "w2a2")
+    dims = {"x:2": 48, "x:3": 192} if name.startswith("ppocr") else None
+    program, fed = quantized_program(shared_models / f"{name}.onnx", "w2a2", dims)
     (tmp_path / "own").mkdir()
     with under_tvm(program, tmp_path) as theirs, built(program, tmp_path / "own") as ours:
         wanted = theirs.run(fed)
