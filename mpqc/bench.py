@@ -182,11 +182,15 @@ def bench(
         layers = _per_layer(compiled, feeds[0], repeat) if per_layer else ()
         batch = max((kind.shape[0] for kind in compiled.inputs.values() if kind.shape), default=1)
         versions = compiled.manifest["versions"]
+        on_gpu = isinstance(compiled, CompiledModel) and compiled.on_gpu
     timings = tuple(
         Timing(name, min(found), statistics.median(found), len(found))
         for name, found in times.items()
     )
-    return Benchmark(timings, layers, machine(versions), threads, batch)
+    facts = machine(versions)
+    if on_gpu:
+        facts["processor"] = f"{gpu().name} ({facts['processor']})"
+    return Benchmark(timings, layers, facts, threads, batch)
 
 
 def take_turns(

@@ -199,7 +199,6 @@ struct warp_sums {
   }
 
   __device__ __forceinline__ void products(const unsigned* data, const unsigned* weight, int (&to)[MI][NI][4]) {
-    __syncwarp();  // lanes parted where they gathered; the instruction wants all of them together
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     data += (warp / ACROSS * T::WM + lane / 4) * T::STRIDE + lane % 4;
     weight += (warp % ACROSS * T::WN + lane / 4) * T::STRIDE + lane % 4;
@@ -228,6 +227,7 @@ struct warp_sums {
   }
 
   __device__ __forceinline__ void add(const unsigned* data, const unsigned* weight) {
+    __syncwarp();  // lanes parted where they gathered; the instruction wants all of them together
     if (C::A * C::J == 1 && factor<C>(0, 0) == 1) {
       products(data, weight, sums);
       return;
@@ -280,9 +280,9 @@ struct thread_sums {
 
   __device__ __forceinline__ void add(const unsigned* data, const unsigned* weight) {
     const int tx = threadIdx.x % X, ty = threadIdx.x / X;
-#pragma unroll
+#pragma unroll 1  // unrolled, loads of many steps would be held in registers at a time
     for (int k = 0; k < T::K; k += 4)
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < C::A; i++) {
         four a[MI];
 #pragma unroll

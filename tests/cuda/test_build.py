@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -99,6 +100,30 @@ def test_the_expected_instructions_are_generated(
     ptx = instructions(convolution((1, 64, 8, 8), 64), GPUS[arch], kernel, tmp_path)
     assert expected in ptx
     assert "fma.rn.f32" not in ptx  # products are rounded before they are added
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_no_kernel_spills_registers(arch: str, tmp_path: Path) -> None:
+    nvcc = require_nvcc()
+    kernels: dict[str, Any] = {}
+    for bits in [(1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (1, 8), (8, 1)]:
+        for kind in ("bitplane", "int8") if bits == (2, 2) else ("bitplane",):
+            for shape, out in [((32, 128, 28, 28), 128), ((1, 512, 7, 7), 512)]:
+                program = lower(convolution(shape, out, bits=bits), GPUS[arch], kind)
+                name = f"{kind}_{bits[0]}_{bits[1]}_{shape[0]}"
+                kernels |= {f"{k}_{name}": v for k, v in program.kernels.items() if kind in k}
+    (tmp_path / "k.cu").write_text(codegen.generate(kernels, arch).source, "utf-8")
+    command = [
+        nvcc, "-std=c++17", "-O3", *toolkit.EXACT, f"-arch={arch}", "-Xptxas", "-v", "-cubin",
+        "-diag-suppress=128,177", "-o", "k.cubin", "k.cu",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    stored = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
+    assert len(stored) == len(kernels) >= 14
+    assert not any(stored)
+    assert max(shared) <= 48 * 1024  # more needs an attribute that nobody sets
 
 
 def test_the_library_holds_the_code_and_needs_no_cuda(tmp_path: Path) -> None:
