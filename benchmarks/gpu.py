@@ -42,6 +42,8 @@ VERIFIED = (
     ("espcn_x2_qonnx", "", "auto"), ("TFC_1W1A", "", "auto"), ("TFC_2W2A", "", "bitplane"),
     ("jettagging_qkeras", "", "auto"), ("magika_standard_v3_3", "w4a4", "auto"),
     ("mnist_cnn", "w2a2", "bitplane"), ("ad01_autoencoder", "w4a4", "bitplane"),
+    ("mobilenet_v1_0.25_224", "w4a4", "auto"), ("espcn_x2_float", "w2a2", "bitplane"),
+    ("ultraface_rfb320_simplified", "w8a8", "auto"), ("ppocr_v2_angle_cls", "w4a4", "auto"),
 )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from mpqc.rounding import Accuracy
 from mpqc.target import Target
 
 REPEATED = 16  # output channels, over and over: archives stay small, times do not change
+# Of models that leave dimensions open.
+DIMS: dict[str, dict[str, int]] = {"ppocr_v2_angle_cls": {"x:2": 48, "x:3": 192}}
 QUICK = Accuracy(rounding="nearest", clipping="mse", bias_correction=False)
 
 
@@ -47,7 +49,8 @@ def compile_for(
 
     return pipeline.compile_model(
         model, folder, pipeline.Options(target, kernel=kernel, accuracy=QUICK, max_samples=4),
-        bits=Precision.parse(bits) if bits else None, data=data, batch=batch, overwrite=True,
+        bits=Precision.parse(bits) if bits else None, data=data, dims=DIMS.get(model.stem),
+        batch=batch, overwrite=True,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mpqc.demo
+from benchmarks import gpu_build
 from mpqc import pipeline, reference
 from mpqc.build import build
 from mpqc.cli import app
@@ -24,6 +25,7 @@ from mpqc.elf import read_elf
 from mpqc.errors import ArtifactError, EnvironmentLacks, UsageError
 from mpqc.graph import Graph, Precision
 from mpqc.model_source import Form
+from mpqc.passes.find_layers import find_layers
 from mpqc.pipeline import Options
 from mpqc.program import plan_memory
 from mpqc.runtime import CompiledModel
@@ -421,3 +423,20 @@ def test_the_emulator_notices_wrong_kernels(change: str, tmp_path: Path, gpu: Em
         with built(lower(graph, SM86, "bitplane"), tmp_path, SM86) as model:
             got, expected = model.run(feeds(graph)), reference.run(graph, feeds(graph))
     assert any(not np.array_equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90"])
+def test_every_real_model_becomes_machine_code(
+    arch: str, shared_models: Path, tmp_path: Path
+) -> None:
+    """What compiles for CPUs compiles for GPUs; some three minutes."""
+    require_nvcc()
+    models = sorted(shared_models.glob("*.onnx"))
+    assert models
+    for model in models:
+        graph = pipeline.import_model(model, gpu_build.DIMS.get(model.stem))
+        bits = "w4a4" if find_layers(graph) else ""
+        artifact = gpu_build.compile_for(model, tmp_path / "out", GPUS[arch], bits, "auto", 1)
+        found = contents(artifact.library.read_bytes())
+        assert found == {(ELF, int(arch[3:])), (PTX, int(arch[3:]))}, model.stem
