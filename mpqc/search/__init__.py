@@ -7,7 +7,7 @@ from typing import Any
 
 from mpqc.budget import Budget, parse_budgets
 from mpqc.data import Data, open_data
-from mpqc.errors import PlanError, UsageError
+from mpqc.errors import ModelError, PlanError, UsageError
 from mpqc.graph import Array, Graph, Precision
 from mpqc.plan import Plan
 from mpqc.preprocess import Preprocess
@@ -140,7 +140,7 @@ def search_plan(
         handles["graph"] = _import(model, dims, data.batch)
         handles["data"] = data
     else:
-        handles["graph"] = _import(model, dims, batch_for(graph))
+        handles["graph"] = _batched(model, dims, graph)
         handles["data"] = open_data(data, handles["graph"], preprocess)
     if "labels" in getattr(plugin, "needs", ()) and handles["data"].labels is None:
         raise UsageError(f"method {name!r} needs labels: add an array 'labels' to the data")
@@ -184,6 +184,14 @@ def batch_for(graph: Graph) -> int:
     """
     values = sum(graph.type(name).nbytes for node in graph for name in node.outputs if name)
     return max(1, min(32, _BATCH_BYTES // max(values, 1)))
+
+
+def _batched(model: str | Path, dims: Mapping[str, int] | None, graph: Graph) -> Graph:
+    """The model at the batch to measure at; at its own where it fixes one."""
+    try:
+        return _import(model, dims, batch_for(graph))
+    except ModelError:  # it could be imported at one sample
+        return graph
 
 
 def _import(model: str | Path, dims: Mapping[str, int] | None, batch: int) -> Graph:

@@ -169,6 +169,18 @@ def test_batches_stay_small(shared_models: Path) -> None:
     assert batch_for(import_model(shared_models / "mobilenet_v2_1.0_224.onnx")) == 1
 
 
+def test_a_model_that_fixes_its_batch_is_measured_at_that(
+    shared_models: Path, shared_data: Path
+) -> None:
+    with np.load(shared_data / "mnist_test_a.npz") as arrays:
+        pictures = {"Input3": arrays["x"][:8, None].astype(np.float32)}
+    result = search_plan(
+        shared_models / "mnist_cnn.onnx", method="sensitivity", budgets="bitops=w4a4",
+        data=pictures, ends=None, widths=["2", "4"],
+    )  # fmt: skip
+    assert len(result.plan.layers) == 3
+
+
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, mpqc.search, mpqc.cli_search, mpqc.budget;"
