@@ -25,6 +25,7 @@ from mpqc.boards.ssh import COMMAND, Ssh
 from mpqc.data import open_data
 from mpqc.errors import ArtifactError, EnvironmentLacks, UsageError
 from mpqc.graph import Precision
+from mpqc.latency import LatencyTable, cached_table
 from mpqc.pipeline import Options, compile_model
 from mpqc.profile_layers import Runner
 from mpqc.runtime import CompiledModel
@@ -163,6 +164,16 @@ def test_a_board_is_a_runner_of_profiles(way: Way, artifact: Artifact) -> None:
             assert all(0 < best <= median for best, median in (*found.steps, found.whole))
             assert sum(best for best, _ in found.steps) < 3 * found.whole[0] + 1e-3
         assert runner.machine()
+
+
+def test_profile_measures_on_the_board(way: Way, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    result = mpqc("profile", str(demo.files().model), *way.options, "--widths", "2",
+                  "--repeat", "1", "--no-check", "--cache", str(tmp_path),
+                  "-o", str(table), "--json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert {row.kernel for row in LatencyTable.load(table).entries} >= {"bitplane", "int8"}
+    assert cached_table(native(), 1, tmp_path) is not None
 
 
 def test_clients_do_not_disturb_each_other(way: Way, artifact: Artifact) -> None:
