@@ -182,7 +182,7 @@ def summary(result: dict[str, Any]) -> str:
     checked, failed = result["verify"], wrong(result)
     lines = [
         f"verified {len(checked) - len(failed)} of {len(checked)} models"
-        + (f"; WRONG: {', '.join(failed)}" if failed else ""),
+        + (f"; failed or WRONG: {', '.join(failed)}" if failed else ""),
         instructions(result["rates"]),
         report.table(["network", "ms", "PyTorch fp16 ms", "times faster"], lines_),
     ]

@@ -263,9 +263,15 @@ def run(folder: Path, effort: Effort, save: Callable[[Result], None]) -> Result:
         result["layers"][place.name] = json.loads((place / "layers.json").read_text("utf-8"))
 
     def do(
-        name: str, into: dict[str, Any], key: str, *arguments: object, limit: float, expect: float
+        name: str,
+        into: dict[str, Any],
+        key: str,
+        *arguments: object,
+        limit: float,
+        expect: float,
+        about: str = "",
     ) -> None:
-        what = f"{name} {key}".strip()
+        what = f"{name} {about or key}"
         if not budget.allows(what, expect):
             return
         start = time.monotonic()
@@ -287,12 +293,14 @@ def run(folder: Path, effort: Effort, save: Callable[[Result], None]) -> Result:
         for batch in batches(place):
             for library in sorted(place.glob(f"*-{batch}.so")):
                 name = f"{place.name} {library.stem}"
-                words = (library, effort.each, effort.together)
-                do("network", result["networks"], name, *words, limit=40, expect=6)
+                given = (library, effort.each, effort.together)
+                do("network", result["networks"], name, *given, limit=40, expect=6)
             if effort.opponents:
-                found = result["torch"].setdefault(f"{place.name} {batch}", {})
-                do("torch-whole", found, "whole", place, batch, limit=60, expect=12)
-                do("torch-layers", found, "layers", place, batch, 25, limit=60, expect=15)
+                about = f"{place.name} {batch}"
+                found = result["torch"].setdefault(about, {})
+                do("torch-whole", found, "whole", place, batch, limit=60, expect=12, about=about)
+                words = (place, batch, 25)
+                do("torch-layers", found, "layers", *words, limit=60, expect=15, about=about)
     return result
 
 
