@@ -63,7 +63,7 @@ def profile(
     dim: Dim = None,
     batch: Batch = 1,
     tiles: Annotated[
-        bool, Option("--tiles", help="GPUs: also measure the next smaller and larger tiles.")
+        bool, Option("--tiles", help="Also measure the tiles beside the default.")
     ] = False,
     cache: Annotated[
         Path | None, Option("--cache", metavar="DIR", help="By default the user's, $MPQC_CACHE.")

@@ -247,6 +247,12 @@ _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and wast
 
 
 def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
+    """The default tile."""
+    return _tiles(kind, layer, target, lanes)[0]
+
+
+def _tiles(kind: str, layer: Layer, target: Target, lanes: int) -> list[Tile]:
+    """Tiles that divide the layer, the default first."""
     width = 512 if target.vector_bits == 512 or target.arch == "aarch64" else 256
     blocks = -(-layer.group_out // lanes)
     if target.arch == "aarch64":
@@ -258,13 +264,16 @@ def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
     else:
         pairs = _TILES[kind, width]
     row = layer.window.ow
-    for pixels, vectors in pairs:
-        if row % pixels == 0 and blocks % vectors == 0:
-            return Tile(pixels, vectors, lanes)
+    found = [
+        Tile(pixels, vectors, lanes)
+        for pixels, vectors in pairs
+        if row % pixels == 0 and blocks % vectors == 0
+    ]
     registers = _REGISTERS[width]
     pixels = largest_divisor(row, min(14, registers))
     vectors = max(v for v in (1, 2, 3, 4, 6) if pixels * v <= registers and blocks % v == 0)
-    return Tile(pixels, vectors, lanes)
+    filling = Tile(pixels, vectors, lanes)
+    return found if filling in found else [*found, filling]
 
 
 def _channel_lanes(channels: int, most: int) -> int:
@@ -285,44 +294,67 @@ def popcount_instruction(layer: Layer, target: Target) -> str:
 
 def bitplane_tile(layer: Layer, target: Target) -> Tile:
     """Default tile of the popcount kernel."""
+    return bitplane_tiles(layer, target)[0]
+
+
+def bitplane_tiles(layer: Layer, target: Target) -> list[Tile]:
+    """Tiles of the popcount kernel, the default first."""
     most = target.vector_bits // 8
     if popcount_instruction(layer, target) in POPCOUNTS:
-        return _tile("bitplane", layer, target, 8)
+        return _tiles("bitplane", layer, target, 8)
     if layer.groups > 1:
         lanes = largest_divisor(layer.group_out, most)
-        return Tile(largest_divisor(layer.window.ow, 7), 1, lanes)
-    return _tile("bitplane", layer, target, _channel_lanes(layer.group_out, most))
+        return [Tile(largest_divisor(layer.window.ow, 7), 1, lanes)]
+    return _tiles("bitplane", layer, target, _channel_lanes(layer.group_out, most))
 
 
 def lut_tile(layer: Layer, target: Target) -> Tile:
     """Default tile of the lookup kernel."""
+    return lut_tiles(layer, target)[0]
+
+
+def lut_tiles(layer: Layer, target: Target) -> list[Tile]:
+    """Tiles of the lookup kernel, the default first."""
     lanes = _channel_lanes(layer.out_channels, min(target.vector_bits // 8, _LUT_LANES))
     if not pairs_pixels(layer, target.arch):
-        return _tile("lut", layer, target, lanes)
+        return _tiles("lut", layer, target, lanes)
     blocks, panel = -(-layer.out_channels // lanes), layer.reduction // 4 * lanes
-    wide = 4 if 2 * panel > _WEIGHTS_IN_L1 else 2
-    return Tile(2, next(v for v in (wide, 2, 1) if blocks % v == 0), lanes)
+    order = (4, 2, 1) if 2 * panel > _WEIGHTS_IN_L1 else (2, 4, 1)
+    return [Tile(2, vectors, lanes) for vectors in order if blocks % vectors == 0]
 
 
 def dot_tile(layer: Layer, target: Target, instruction: str) -> Tile:
     """Default tile of the dot kernel."""
+    return dot_tiles(layer, target, instruction)[0]
+
+
+def dot_tiles(layer: Layer, target: Target, instruction: str) -> list[Tile]:
+    """Tiles of the dot kernel, the default first."""
     dot = DOTS[instruction]
     kind = "half" if dot.halves else "long" if dot.chain else "dot"
-    return _tile(kind, layer, target, dot.lanes)
+    return _tiles(kind, layer, target, dot.lanes)
 
 
 def winograd_tile(layer: Layer, target: Target, instruction: str) -> Tile:
     """Default tile of the Winograd kernels, in 2x2 tiles of a row."""
+    return winograd_tiles(layer, target, instruction)[0]
+
+
+def winograd_tiles(layer: Layer, target: Target, instruction: str) -> list[Tile]:
+    """Tiles of the Winograd kernels, the default first."""
     dot = DOTS[instruction]
     columns = compute_winograd.tiles(layer.window)[1]
     blocks = -(-layer.out_channels // dot.lanes)
     pairs = _TILES["winograd", 512 if target.vector_bits == 512 else 256]
     if dot.data == "int16" and target.vector_bits < 512:
         pairs = ((2, 4), *pairs)  # four tiles of values would fill L1
-    for pixels, vectors in pairs:
-        if columns % pixels == 0 and blocks % vectors == 0:
-            return Tile(pixels, vectors, dot.lanes)
-    return Tile(largest_divisor(columns, 8), 1, dot.lanes)
+    found = [
+        Tile(pixels, vectors, dot.lanes)
+        for pixels, vectors in dict.fromkeys(pairs)
+        if columns % pixels == 0 and blocks % vectors == 0
+    ]
+    narrow = Tile(largest_divisor(columns, 8), 1, dot.lanes)
+    return found if narrow in found else [*found, narrow]
 
 
 def winograd_patch(layer: Layer, tile: Tile) -> tuple[int, int]:

@@ -261,7 +261,7 @@ def profile(
         checks: uniform networks that are built with the table's kernels and measured whole.
         dims: values of symbolic dimensions.
         batch: samples of one run.
-        tiles: measure tiles beside the default too; GPUs.
+        tiles: measure tiles beside the default too.
         cache: folder; by default the user's.
         use_cache: False measures everything anew and keeps nothing.
         runner: by default this process.
@@ -275,8 +275,6 @@ def profile(
     """
     start = time.perf_counter()
     pairs = _pairs(widths)
-    if tiles and not target.cuda:
-        raise UsageError(f"--tiles is for GPUs: on {target.name} a kernel has one tile")
     if runner is None and target.why_not_here:
         raise EnvironmentLacks(
             f"{target.why_not_here}, and latencies are measured, not guessed: name a board "
@@ -505,14 +503,39 @@ def _measure_pair(
     tiles: bool,
 ) -> list[Entry]:
     """Rows of all layers at one width pair."""
+    graph = network.quantized(precision)
+    selectors = [
+        each for kind in kinds for each in _candidates(network.target, kind, tiles, graph)
+    ]
+    return fastest(measure_layers(network, graph, selectors, runner, repeat))
+
+
+def fastest(entries: Iterable[Entry]) -> list[Entry]:
+    """Of each point and kind of kernel."""
+    found: dict[tuple[object, ...], Entry] = {}
+    for entry in entries:
+        if entry.seconds_min <= found.get(entry.key, entry).seconds_min:
+            found[entry.key] = entry
+    return list(found.values())
+
+
+def measure_layers(
+    network: _Network,
+    graph: Graph,
+    selectors: "Sequence[Selector]",
+    runner: Runner,
+    repeat: int,
+) -> list[Entry]:
+    """Rows of the layers of a quantized, channels-last graph, for each of the selectors.
+
+    A layer for which a selector has no kernel of the kind that it asks for makes no row.
+    """
     from mpqc.lowering import lower
 
-    graph = network.quantized(precision)
-    entries: dict[tuple[LayerPoint, str], Entry] = {}
+    entries: list[Entry] = []
     with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
         programs: list[Program] = []
         libraries = []
-        selectors = [each for kind in kinds for each in _candidates(network.target, kind, tiles)]
         for index, selector in enumerate(selectors):
             programs.append(lower(graph, network.target, selector))
             libraries.append(_build(programs[-1], network.target, Path(folder, f"{index}.so")))
@@ -520,34 +543,40 @@ def _measure_pair(
             selectors, programs, runner.measure(libraries, repeat), strict=True
         ):
             layers, _ = attribute(program, times)
-            kind = selector.kernel
-            samples: dict[LayerPoint, list[_Sample]] = {}
+            samples: dict[tuple[LayerPoint, Precision], list[_Sample]] = {}
             for node in graph:
                 if node.name not in layers:
                     continue
                 choice = selector.choose(graph, node)
-                if choice.kind == kind:
-                    sample = _Sample(*layers[node.name], choice.variant, _tile_name(choice))
-                    samples.setdefault(network.points[node.name], []).append(sample)
-            widths = precision.weight, precision.activation
-            for point, found in samples.items():
-                entry = Entry(
-                    point.geometry, point.epilogue, *widths, kind, found[0].variant,
-                    found[0].tile, statistics.fmean(s.best for s in found),
-                    statistics.fmean(s.median for s in found),
-                )  # fmt: skip
-                fastest = entries.get((point, kind), entry)
-                if entry.seconds_min <= fastest.seconds_min:
-                    entries[point, kind] = entry
-    return list(entries.values())
+                if choice.kind != selector.kernel:
+                    continue
+                widths = Precision(choice.layer.weight_bits, choice.layer.activation_bits)
+                sample = _Sample(*layers[node.name], choice.variant, _tile_name(choice))
+                samples.setdefault((network.points[node.name], widths), []).append(sample)
+            entries += [
+                Entry(
+                    point.geometry, point.epilogue, widths.weight, widths.activation,
+                    selector.kernel, found[0].variant, found[0].tile,
+                    statistics.fmean(sample.best for sample in found),
+                    statistics.fmean(sample.median for sample in found),
+                )
+                for (point, widths), found in samples.items()
+            ]  # fmt: skip
+    return entries
 
 
-def _candidates(target: Target, kind: str, tiles: bool) -> "Sequence[Selector]":
+def _candidates(
+    target: Target, kind: str, tiles: bool, graph: Graph
+) -> "Sequence[Selector]":
     """What is built to measure one kind of kernel; the fastest of them makes the row."""
+    from mpqc.grouping import LAYERS
     from mpqc.select_kernel import Selector
 
     if not target.cuda:
-        return [Selector(target, kind)]
+        default = Selector(target, kind)
+        forms = [len(default.forms(graph, node)) for node in graph if node.op in LAYERS]
+        places = max(forms, default=1) if tiles else 1
+        return [replace(default, place=place) for place in range(places)]
     from mpqc.cuda.select import candidates
 
     return candidates(target, kind, tiles)
@@ -558,7 +587,7 @@ def _tile_name(choice: "Choice") -> str:
 
     if isinstance(choice, CudaChoice):
         return "" if choice.blocks is None else choice.blocks.name
-    return f"{choice.tile.pixels}x{choice.tile.vectors}x{choice.tile.lanes}"
+    return choice.form
 
 
 def _own_runner(target: Target, threads: int) -> Runner:

@@ -1,6 +1,6 @@
 """Which kernel runs a layer: the fastest by a model of the target's instructions, or as asked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -15,18 +15,18 @@ from mpqc.kernels import (
     WINOGRAD,
     Layer,
     Shape,
-    bitplane_tile,
-    dot_tile,
+    bitplane_tiles,
+    dot_tiles,
     flatten_pixels,
     grouped_tile,
     largest_divisor,
     lut_instruction,
     lut_slices,
-    lut_tile,
+    lut_tiles,
     pairs_pixels,
     popcount_instruction,
     winograd_layer,
-    winograd_tile,
+    winograd_tiles,
 )
 from mpqc.latency import Geometry, LatencyTable
 from mpqc.packing import dot_weights
@@ -68,6 +68,11 @@ class Choice:
     chunk: int = 0
 
     @property
+    def form(self) -> str:
+        """The tile as tables write it: pixels x vectors x lanes."""
+        return f"{self.tile.pixels}x{self.tile.vectors}x{self.tile.lanes}"
+
+    @property
     def winograd(self) -> bool:
         return self.variant.startswith(WINOGRAD)
 
@@ -86,12 +91,14 @@ class Selector:
         kernel: "auto", or the kind to force.
         by_layer: layer name -> kind, from the plan; "auto" leaves it to the table or the model.
         table: latencies that were measured on the target; None: the model of its instructions.
+        place: among the forms that a kernel has for a layer; 0 is the default.
     """
 
     target: Target
     kernel: str = "auto"
     by_layer: Mapping[str, str] = field(default_factory=dict)
     table: LatencyTable | None = None
+    place: int = 0
 
     def __post_init__(self) -> None:
         for name in (self.kernel, *self.by_layer.values()):
@@ -104,24 +111,44 @@ class Selector:
             from mpqc.cuda.select import CudaSelector
 
             return CudaSelector(self.target.cuda, self).choose(graph, node)
+        forms = self.forms(graph, node)
+        if 0 < self.place < len(forms):
+            return forms[self.place]
+        layer, pads, source = geometry(graph, node)
+        where = table_geometry(node.op, layer, pads, source)
+        precision = Precision(layer.weight_bits, layer.activation_bits)
+        row = None if self.table is None else self.table.best_row(where, precision, forms[0].kind)
+        named = (
+            form for form in forms if row and (form.variant, form.form) == (row.variant, row.tile)
+        )
+        return next(named, forms[0])
+
+    def forms(self, graph: Graph, node: Node) -> list[Choice]:
+        """Variants and tiles of the kind of kernel that is best or asked for, the default first.
+
+        ``node`` is an IntConv or IntMatMul of a channels-last graph; not for GPUs.
+        """
         layer, pads, source = geometry(graph, node)
         weight = graph.constants[node.inputs[1]]
         asked = self.by_layer.get(node.name, "auto")
         asked = self.kernel if asked == "auto" else asked
-        multiply = _int8_multiply(layer, weight, self.target)
-        rates = expected_rates(layer, multiply, self.target)
+        multiplies = _int8_multiplies(layer, weight, self.target)
+        rates = expected_rates(layer, multiplies[0], self.target)
         coded = has_codes(node, weight)
         if not coded:
             rates = {"int8": rates["int8"]}
         kind, reason, chosen = asked, "", "asked"
+        where = table_geometry(node.op, layer, pads, source)
         if asked == "auto":
-            kind, chosen = self._fastest(table_geometry(node.op, layer, pads, source), layer, rates)
+            kind, chosen = self._fastest(where, layer, rates)
         elif asked not in rates and not coded:
             kind, reason = "int8", f"no {asked} kernel: its weights have no code of eight bits"
         elif asked not in rates:
             kind, reason = "bitplane", f"no {asked} kernel: {_no_lut(layer, self.target)}"
-        made = self._shaped(kind, layer, multiply, pads, source)
-        return replace(made, rates=rates, reason=reason, chosen=chosen)
+        return [
+            replace(form, rates=rates, reason=reason, chosen=chosen)
+            for form in self._shaped(kind, layer, multiplies, pads, source)
+        ]
 
     def _fastest(
         self, shape: Geometry, layer: Layer, rates: Mapping[str, float]
@@ -135,29 +162,39 @@ class Selector:
         return max(rates, key=rates.__getitem__), "model"
 
     def _shaped(
-        self, kind: str, layer: Layer, multiply: "Multiply", pads: Pads, source: Shape
-    ) -> Choice:
-        """The kernel's variant and tile."""
-        variant = multiply.variant
-        if kind == "int8" and variant == "multiply-add":
-            return Choice(kind, variant, layer, grouped_tile(layer, self.target), pads, source)
-        if kind == "int8" and variant.startswith(WINOGRAD):
-            tile = winograd_tile(layer, self.target, variant.removeprefix(WINOGRAD))
-            whole = winograd_layer(layer)
-            grown = (whole.image[1] - layer.image[1], whole.image[2] - layer.image[2])
-            pads = (*pads[:2], pads[2] + grown[0], pads[3] + grown[1])
-            return Choice(kind, variant, whole, tile, pads, source, chunk=multiply.chunk)
+        self, kind: str, layer: Layer, multiplies: Sequence["Multiply"], pads: Pads, source: Shape
+    ) -> list[Choice]:
+        if kind == "int8":
+            return [
+                form
+                for multiply in multiplies
+                for form in self._int8_forms(layer, multiply, pads, source)
+            ]
         shaped = flatten_pixels(layer, 14)
         if kind == "bitplane":
-            tile = bitplane_tile(shaped, self.target)
             how = popcount_instruction(shaped, self.target)
-            return Choice(kind, how, shaped, tile, pads, source)
-        if kind == "bitplane-lut":
-            tile = lut_tile(shaped, self.target)
-            how = lut_instruction(shaped, tile, self.target)
-            return Choice(kind, how, shaped, tile, pads, source)
-        tile = dot_tile(shaped, self.target, variant)
-        return Choice(kind, variant, shaped, tile, pads, source, chunk=multiply.chunk)
+            tiles = bitplane_tiles(shaped, self.target)
+        else:
+            tiles = lut_tiles(shaped, self.target)
+            how = lut_instruction(shaped, tiles[0], self.target)
+        return [Choice(kind, how, shaped, tile, pads, source) for tile in tiles]
+
+    def _int8_forms(
+        self, layer: Layer, multiply: "Multiply", pads: Pads, source: Shape
+    ) -> list[Choice]:
+        variant, chunk = multiply.variant, multiply.chunk
+        if variant == "multiply-add":
+            tile = grouped_tile(layer, self.target)
+            return [Choice("int8", variant, layer, tile, pads, source)]
+        if variant.startswith(WINOGRAD):
+            tiles = winograd_tiles(layer, self.target, variant.removeprefix(WINOGRAD))
+            shaped = winograd_layer(layer)
+            grown = (shaped.image[1] - layer.image[1], shaped.image[2] - layer.image[2])
+            pads = (*pads[:2], pads[2] + grown[0], pads[3] + grown[1])
+        else:
+            shaped = flatten_pixels(layer, 14)
+            tiles = dot_tiles(shaped, self.target, variant)
+        return [Choice("int8", variant, shaped, t, pads, source, chunk=chunk) for t in tiles]
 
 
 @dataclass(frozen=True)
@@ -186,11 +223,12 @@ def has_codes(node: Node, weight: Array) -> bool:
     return bool(-half <= weight.min() and weight.max() < half)
 
 
-def _int8_multiply(layer: Layer, weight: Array, target: Target) -> Multiply:
-    """The fastest way that is exact for these weights."""
+def _int8_multiplies(layer: Layer, weight: Array, target: Target) -> list[Multiply]:
+    """Ways that are exact for these weights, the fastest by the model first."""
     variant, chunk = _direct_variant(layer, weight, target)
     direct = Multiply(variant, _direct_rate(layer, variant, chunk, target), chunk)
-    return max([direct, *_winograd_multiplies(layer, weight, target)], key=lambda found: found.rate)
+    found = [direct, *_winograd_multiplies(layer, weight, target)]
+    return sorted(found, key=lambda multiply: -multiply.rate)
 
 
 def _winograd_multiplies(layer: Layer, weight: Array, target: Target) -> list[Multiply]:
