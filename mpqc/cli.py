@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mpqc import cli_compare, cli_export, cli_finetune, cli_profile, cli_search, console, tables
+from mpqc import (
+    cli_compare,
+    cli_export,
+    cli_finetune,
+    cli_profile,
+    cli_search,
+    cli_tune,
+    console,
+    tables,
+)
 from mpqc.cli_options import (
     VERBOSE,
     ArtifactPath,
@@ -119,9 +128,10 @@ def compile_(
     latency_table: Annotated[
         Path | None,
         Option(
+            "--db",
             "--latency-table",
             metavar="F.csv",
-            help="Of mpqc profile: kernels are chosen by it; by default the cache's.",
+            help="Of mpqc tune or profile: kernels are chosen by it; by default the cache's.",
         ),
     ] = None,
     static: Annotated[bool, Option("--static", help="Also a static library, model.a.")] = False,
@@ -458,7 +468,7 @@ def demo(
         raise CheckFailed("a build does not compute what its reference says")
 
 
-for verbs in (cli_search, cli_finetune, cli_profile, cli_compare, cli_export):
+for verbs in (cli_search, cli_finetune, cli_profile, cli_tune, cli_compare, cli_export):
     verbs.register(app)
 
 

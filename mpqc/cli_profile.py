@@ -91,7 +91,7 @@ def profile(
         raise UsageError("--cache and --no-cache exclude each other")
     machine = find_target(target)
     where = BoardOptions(ssh, tracker, key, timeout, via)
-    with where.open(machine, threads) as board, _Bar(verbose) as bar:
+    with where.open(machine, threads) as board, Bar(verbose) as bar:
         result = measure(
             model,
             machine,
@@ -120,7 +120,7 @@ def _widths(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-class _Bar(Progress):
+class Bar(Progress):
     """A bar on a terminal; with ``-v`` a line for each step elsewhere too."""
 
     def __init__(self, verbose: bool) -> None:

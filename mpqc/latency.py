@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KINDS = ("bitplane", "bitplane-lut", "int8")
 NETWORK = "network"  # op of rows that speak of a whole model
 FLOAT = "w32a32"
+MEASURED = ("yes", "tuned")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Entry:
         tile: register tile as pixels x vectors x lanes; on GPUs a block's as rows x columns x
             words.
         seconds_min, seconds_median: of the repetitions.
-        measured: "yes", or "model"; a network's promise may rest on points of the model.
+        measured: "yes"; "tuned" when every form of the kernel was; or "model": a network's
+            promise may rest on points of the model.
         model: ``network_name``; empty for layers, which belong to none.
     """
 
@@ -247,7 +249,7 @@ class LatencyTable:
         """(geometry, widths) -> epilogue -> kernel -> row."""
         points: dict[tuple[Geometry, int, int], dict[str, dict[str, Entry]]] = {}
         for entry in self.entries:
-            if entry.geometry is not None and entry.measured == "yes":
+            if entry.geometry is not None and entry.measured in MEASURED:
                 point = (entry.geometry, entry.weight_bits, entry.activation_bits)
                 points.setdefault(point, {}).setdefault(entry.epilogue, {})[entry.kernel] = entry
         return points
@@ -266,7 +268,7 @@ class LatencyTable:
         """Fitted to the measured rows."""
         from mpqc.latency_model import LatencyModel
 
-        return LatencyModel.fit([e for e in self.entries if e.measured == "yes" and e.geometry])
+        return LatencyModel.fit([e for e in self.entries if e.measured in MEASURED and e.geometry])
 
     def knows(self, geometry: Geometry) -> bool:
         """Whether the geometry was measured at any width."""
@@ -276,6 +278,12 @@ class LatencyTable:
         """Whether this very point was measured."""
         point = self._by_point.get((geometry, precision.weight, precision.activation), {})
         return kernel in point.get(epilogue, {})
+
+    def tuned(self, geometry: Geometry, epilogue: str, precision: Precision, kernel: str) -> bool:
+        """Whether every form of a kernel was measured at this point."""
+        point = self._by_point.get((geometry, precision.weight, precision.activation), {})
+        row = point.get(epilogue, {}).get(kernel)
+        return row is not None and row.measured == "tuned"
 
     def seconds(
         self, geometry: Geometry, precision: Precision, epilogue: str | None = None
@@ -552,8 +560,8 @@ def _parse(row: Sequence[str]) -> tuple[Entry, Conditions]:
     seconds = {name: float(cells[name]) for name in ("seconds_min", "seconds_median")}
     if any(not 0 <= value < 1e6 for value in seconds.values()):
         raise ValueError("a latency that is no number of seconds")
-    if cells["measured"] not in ("yes", "model"):
-        raise ValueError(f"measured is {cells['measured']!r}, neither yes nor model")
+    if cells["measured"] not in (*MEASURED, "model"):
+        raise ValueError(f"measured is {cells['measured']!r}: neither yes, tuned nor model")
     geometry = None
     if cells["op"] != NETWORK:
         numbers = {name: int(cells[name]) for name in _COLUMNS if name != "op"}

@@ -280,15 +280,15 @@ def profile(
             f"{target.why_not_here}, and latencies are measured, not guessed: name a board "
             "(--ssh, or --tracker and --key), or choose a target that runs here (mpqc targets)"
         )
-    runs = _own_runner(target, threads) if runner is None else runner
+    runs = own_runner(target, threads) if runner is None else runner
     cpu = runs.machine()
     conditions = Conditions(target.name, cpu, threads, versions())
     path = table_path(target, threads, cache, cpu) if use_cache else None
     table = LatencyTable.load(path) if path is not None and path.exists() else (
         LatencyTable(conditions)
     )  # fmt: skip
-    network = _Network.open(model, dims, target, batch)
-    book = _Book(table, path)
+    network = OpenNetwork.open(model, dims, target, batch)
+    book = Book(table, path)
     missing = {pair: network.missing(book.table, pair) for pair in pairs}
     wanted = sum(len(network.wanted(pair, kind)) for pair in pairs for kind in KINDS)
     absent = sum(len(points) for kinds in missing.values() for points in kinds.values())
@@ -355,7 +355,7 @@ def latency_cost(
     advice = f"run mpqc profile {model} --target {target.name}{more} first"
     if found is None:
         raise UsageError(f"no latencies of {target.name} on this machine are known: {advice}")
-    network = _Network.open(model, dims, target, batch)
+    network = OpenNetwork.open(model, dims, target, batch)
     whole = found.network(network.sha256, batch)
     if whole is None:
         of_batch = f" at batch {batch}" if batch > 1 else ""
@@ -367,7 +367,7 @@ def latency_cost(
 
 
 @dataclass(frozen=True)
-class _Network:
+class OpenNetwork:
     """A model, ready to be quantized at any width without data.
 
     Attributes:
@@ -390,7 +390,7 @@ class _Network:
     @classmethod
     def open(
         cls, model: str | Path, dims: Mapping[str, int] | None, target: Target, batch: int
-    ) -> "_Network":
+    ) -> "OpenNetwork":
         from mpqc.pipeline import Options, calibrate_plan, import_model
 
         graph = import_model(model, dims, batch)
@@ -422,6 +422,20 @@ class _Network:
             if lut and exists(kind, point.geometry, precision)
         }  # fmt: skip
 
+    def wanted_by(self, graph: Graph, kind: str, table: LatencyTable) -> bool:
+        """Whether a planned graph has a layer of which not every form of a kind is measured."""
+        from mpqc.grouping import LAYERS
+
+        for node in graph:
+            if node.op not in LAYERS:
+                continue
+            point = self.points[node.name]
+            widths = Precision(node.int_attr("weight_bits"), node.int_attr("activation_bits"))
+            known = table.tuned(point.geometry, point.epilogue, widths, kind)
+            if point in self.wanted(widths, kind) and not known:
+                return True
+        return False
+
     def missing(self, table: LatencyTable, precision: Precision) -> dict[str, set[LayerPoint]]:
         """Kind -> points that the table lacks; kinds without any left out."""
         found = {
@@ -435,7 +449,7 @@ class _Network:
 
 
 @dataclass
-class _Book:
+class Book:
     """The table, and the file that grows with it."""
 
     table: LatencyTable
@@ -495,7 +509,7 @@ def _epilogue(graph: Graph, nodes: Sequence[Node]) -> str:
 
 
 def _measure_pair(
-    network: _Network,
+    network: OpenNetwork,
     precision: Precision,
     kinds: Sequence[str],
     runner: Runner,
@@ -504,9 +518,7 @@ def _measure_pair(
 ) -> list[Entry]:
     """Rows of all layers at one width pair."""
     graph = network.quantized(precision)
-    selectors = [
-        each for kind in kinds for each in _candidates(network.target, kind, tiles, graph)
-    ]
+    selectors = [each for kind in kinds for each in candidates(network.target, kind, tiles, graph)]
     return fastest(measure_layers(network, graph, selectors, runner, repeat))
 
 
@@ -520,7 +532,7 @@ def fastest(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def measure_layers(
-    network: _Network,
+    network: OpenNetwork,
     graph: Graph,
     selectors: "Sequence[Selector]",
     runner: Runner,
@@ -551,7 +563,7 @@ def measure_layers(
                 if choice.kind != selector.kernel:
                     continue
                 widths = Precision(choice.layer.weight_bits, choice.layer.activation_bits)
-                sample = _Sample(*layers[node.name], choice.variant, _tile_name(choice))
+                sample = _Sample(*layers[node.name], choice.variant, tile_name(choice))
                 samples.setdefault((network.points[node.name], widths), []).append(sample)
             entries += [
                 Entry(
@@ -565,9 +577,7 @@ def measure_layers(
     return entries
 
 
-def _candidates(
-    target: Target, kind: str, tiles: bool, graph: Graph
-) -> "Sequence[Selector]":
+def candidates(target: Target, kind: str, tiles: bool, graph: Graph) -> "Sequence[Selector]":
     """What is built to measure one kind of kernel; the fastest of them makes the row."""
     from mpqc.grouping import LAYERS
     from mpqc.select_kernel import Selector
@@ -582,7 +592,8 @@ def _candidates(
     return candidates(target, kind, tiles)
 
 
-def _tile_name(choice: "Choice") -> str:
+def tile_name(choice: "Choice") -> str:
+    """As a row has it; empty where a kernel has no tile."""
     from mpqc.cuda.select import CudaChoice
 
     if isinstance(choice, CudaChoice):
@@ -590,7 +601,7 @@ def _tile_name(choice: "Choice") -> str:
     return choice.form
 
 
-def _own_runner(target: Target, threads: int) -> Runner:
+def own_runner(target: Target, threads: int) -> Runner:
     """Of this machine."""
     if not target.cuda:
         return LocalRunner(threads)
@@ -611,7 +622,7 @@ class _Sample:
 
 
 def _check(
-    network: _Network,
+    network: OpenNetwork,
     precision: Precision | None,
     runner: Runner,
     repeat: int,
@@ -652,6 +663,25 @@ def _check(
     said = row("promise", promise, promise)
     sure = "yes" if simple.measured(widths) else "model"
     return [*rows, row("rest", *rest), replace(said, measured=sure)]
+
+
+def measure_whole(
+    network: OpenNetwork,
+    graph: Graph,
+    tables: Sequence[LatencyTable | None],
+    runner: Runner,
+    repeat: int,
+) -> list[float]:
+    """Fastest seconds of a run with the kernels that each table chooses, in turn."""
+    from mpqc.lowering import lower
+    from mpqc.select_kernel import Selector
+
+    with tempfile.TemporaryDirectory(prefix="mpqc-") as folder:
+        libraries = []
+        for index, table in enumerate(tables):
+            program = lower(graph, network.target, Selector(network.target, table=table))
+            libraries.append(_build(program, network.target, Path(folder, f"{index}.so")))
+        return [times.whole[0] for times in runner.measure(libraries, repeat)]
 
 
 def _build(program: Program, target: Target, output: Path) -> Path:

@@ -197,7 +197,7 @@ def test_a_tile_of_more_accumulators_than_registers_is_seen_to_spill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, bits, kind, kernel, pattern = KERNELS[1]
-    monkeypatch.setattr(select_kernel, "lut_tile", lambda layer, _: Tile(layer.window.ow, 2, 32))
+    monkeypatch.setattr(select_kernel, "lut_tiles", lambda layer, _: [Tile(layer.window.ow, 2, 32)])
     loops = innermost_loops(code(compiled(tmp_path / "large", target, bits, kind, kernel)))
     assert any(loop.spills for loop in loops if loop.share(pattern) > 0)
 

@@ -15,14 +15,17 @@ from mpqc.cuda import measure, toolkit
 from mpqc.cuda.select import CudaChoice, candidates
 from mpqc.errors import ArtifactError, EnvironmentLacks, UsageError
 from mpqc.graph import Precision
+from mpqc.importer import sha256
 from mpqc.latency import Conditions, Entry, LatencyTable, cached_path, table_path
 from mpqc.passes.base import run
 from mpqc.passes.channels_last import ChannelsLast
-from mpqc.pipeline import Options, compile_model
+from mpqc.pipeline import Options, compile_model, import_model
+from mpqc.plan import Plan
 from mpqc.profile_layers import Profile, latency_cost, node_geometry, profile
 from mpqc.select_kernel import Selector
-from mpqc.target import TARGETS, native
+from mpqc.target import TARGETS
 from mpqc.target import gpu as gpu_here
+from mpqc.tune import tune
 from tests.cuda.emulation import Emulator
 from tests.cuda.test_kernels import convolution
 from tests.graph_runner import built, feeds, lower
@@ -128,6 +131,21 @@ def test_instruction_and_tile_are_those_that_were_fastest(
     _, choice = row_of(Selector(SM86), kernel, "wgmma", "7x7x7")
     assert choice.variant != "wgmma"
     assert choice.blocks is not None
+
+
+@pytest.mark.slow
+def test_tuning_measures_every_tile(gpu: Emulator, tmp_path: Path) -> None:
+    assert gpu.driver.exists()
+    plan = Plan.uniform(import_model(MODEL), Precision(2, 2), model_sha256=sha256(MODEL))
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        result = tune(MODEL, SM86, plan, tmp_path / "tuned.csv", repeat=1)
+    assert result.complete
+    assert result.trials == sum(
+        len(candidates(SM86, kind, tiles=True)) for kind in ("bitplane", "int8")
+    )
+    assert {row.measured for row in result.table.entries} == {"tuned"}
+    assert all(layer.seconds for layer in result.layers)
 
 
 def test_a_kernel_that_was_asked_for_still_runs_its_fastest_form() -> None:
@@ -277,11 +295,6 @@ def test_without_a_compiler_nothing_is_measured(
     monkeypatch.setenv(toolkit.VARIABLE, "/nowhere/nvcc")
     with pytest.raises(EnvironmentLacks, match="names /nowhere/nvcc"):
         measured(tmp_path)
-
-
-def test_tiles_are_for_gpus() -> None:
-    with pytest.raises(UsageError, match="--tiles is for GPUs"):
-        profile(MODEL, native(), tiles=True)
 
 
 def test_tables_of_gpus_and_their_hosts_lie_apart(gpu: Emulator, tmp_path: Path) -> None:
