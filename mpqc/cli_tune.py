@@ -42,10 +42,9 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command(
-        "tune", epilog="Example: mpqc tune model.onnx --plan plan.json --db tuned.csv, then "
-        "mpqc compile model.onnx --plan plan.json --db tuned.csv ..."
-    )(tune)  # fmt: skip
+    app.command("tune", epilog="Example: mpqc tune model.onnx --plan plan.json --db tuned.csv")(
+        tune
+    )
 
 
 def tune(
