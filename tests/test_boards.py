@@ -176,6 +176,16 @@ def test_profile_measures_on_the_board(way: Way, tmp_path: Path) -> None:
     assert cached_table(native(), 1, tmp_path) is not None
 
 
+def test_tune_measures_on_the_board(way: Way, tmp_path: Path) -> None:
+    words = ("tune", str(demo.files().model), *way.options, "--bits", "w2a2", "--repeat", "1")
+    result = mpqc(*words, "--trials", "1", "--db", str(tmp_path / "tuned.csv"), "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["trials"], found["complete"]) == (1, False)
+    assert found["before"] > 0
+    assert (tmp_path / "tuned.csv").exists()
+
+
 def test_clients_do_not_disturb_each_other(way: Way, artifact: Artifact) -> None:
     """Two at once: own folders, measurements one after the other, both answered."""
     found: list[float] = []
