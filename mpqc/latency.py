@@ -274,6 +274,13 @@ class LatencyTable:
         """Whether the geometry was measured at any width."""
         return geometry in self._kinds
 
+    def decides(self, geometry: Geometry, kernel: str) -> bool:
+        """Whether a kind of kernel that is expected to be fastest was measured, at any width.
+
+        Records without it, of a tuning that was stopped, cannot say that another is faster.
+        """
+        return kernel in self._kinds.get(geometry, ())
+
     def has(self, geometry: Geometry, epilogue: str, precision: Precision, kernel: str) -> bool:
         """Whether this very point was measured."""
         point = self._by_point.get((geometry, precision.weight, precision.activation), {})

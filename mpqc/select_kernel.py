@@ -114,10 +114,12 @@ class Selector:
         forms = self.forms(graph, node)
         if 0 < self.place < len(forms):
             return forms[self.place]
+        if self.table is None:
+            return forms[0]
         layer, pads, source = geometry(graph, node)
         where = table_geometry(node.op, layer, pads, source)
         precision = Precision(layer.weight_bits, layer.activation_bits)
-        row = None if self.table is None else self.table.best_row(where, precision, forms[0].kind)
+        row = self.table.best_row(where, precision, forms[0].kind)
         named = (
             form for form in forms if row and (form.variant, form.form) == (row.variant, row.tile)
         )
@@ -153,8 +155,13 @@ class Selector:
     def _fastest(
         self, shape: Geometry, layer: Layer, rates: Mapping[str, float]
     ) -> tuple[str, str]:
-        """Kind, and what says so: a table that knows the layer's shape, else the model."""
-        if self.table is not None and self.table.knows(shape):
+        """Kind, and what says so: a table that has measured what the model expects, or the model.
+
+        Tables of ARM have no lookup kernels.
+        """
+        timed = [kind for kind in rates if kind != "bitplane-lut" or self.target.arch == "x86_64"]
+        expected = max(timed, key=rates.__getitem__)
+        if self.table is not None and self.table.decides(shape, expected):
             precision = Precision(layer.weight_bits, layer.activation_bits)
             kind, measured = self.table.best_kernel(shape, precision)
             if kind in rates:

@@ -152,6 +152,15 @@ def test_a_few_trials_at_a_time_come_to_the_same_end(
     assert 0 < second.trials < result.trials
 
 
+def test_records_that_lack_the_expected_kernel_do_not_choose(tmp_path: Path) -> None:
+    """A few forms of slow kernels are no reason to take one of them."""
+    result = tuned(tmp_path / "tuned.csv", Last(), trials=1)
+    assert {row.kernel for row in result.table.entries} == {"bitplane"}
+    by_model = [layer for layer in result.layers if not layer.before.startswith("bitplane ")]
+    assert by_model
+    assert all(layer.before == layer.after for layer in by_model)
+
+
 def test_no_time_is_no_trial(tmp_path: Path) -> None:
     result = tuned(tmp_path / "tuned.csv", Last(), limit=0.0)
     assert (result.trials, result.before, result.after) == (0, None, None)
