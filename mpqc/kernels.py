@@ -246,11 +246,6 @@ SLICE = 64  # channels of a slice
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
 
 
-def _tile(kind: str, layer: Layer, target: Target, lanes: int) -> Tile:
-    """The default tile."""
-    return _tiles(kind, layer, target, lanes)[0]
-
-
 def _tiles(kind: str, layer: Layer, target: Target, lanes: int) -> list[Tile]:
     """Tiles that divide the layer, the default first."""
     width = 512 if target.vector_bits == 512 or target.arch == "aarch64" else 256

@@ -97,19 +97,22 @@ class LocalRunner:
             contestants = [_Contestant(model) for model in models]
             for contestant in contestants:  # warm up
                 contestant.run()
-            passes, start = 0, time.perf_counter()
-            while passes < repeat or (
-                passes < MOST_PASSES
-                and time.perf_counter() - start < LEAST_SECONDS * len(contestants)
-            ):
-                for contestant in contestants:
-                    contestant.run()  # brings its data back into the caches
-                    contestant.run(record=True)
-                passes += 1
+            take_turns([contestant.turn for contestant in contestants], repeat)
             return [contestant.times() for contestant in contestants]
         finally:
             for model in models:
                 model.close()
+
+
+def take_turns(contestants: Sequence[Callable[[], None]], repeat: int) -> None:
+    """Call them one after the other, ``repeat`` times each, and more while time is left."""
+    passes, start = 0, time.perf_counter()
+    while passes < repeat or (
+        passes < MOST_PASSES and time.perf_counter() - start < LEAST_SECONDS * len(contestants)
+    ):
+        for contestant in contestants:
+            contestant()
+        passes += 1
 
 
 class _Contestant:
@@ -138,6 +141,10 @@ class _Contestant:
         if record:
             self._steps.append(steps)
             self._wholes += whole
+
+    def turn(self) -> None:
+        self.run()  # brings its data back into the caches
+        self.run(record=True)
 
     def times(self) -> Times:
         steps = tuple(

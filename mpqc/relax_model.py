@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 
 from mpqc.errors import ArtifactError, DataError
+from mpqc.runtime import FetchedSteps
 from mpqc.tensor_type import Array, TensorType
 
 
@@ -54,7 +55,7 @@ class RelaxModel:
             times.append(time.perf_counter() - start)
         return times
 
-    def steps(self, feeds: Mapping[str, Array]) -> "RelaxSteps":
+    def steps(self, feeds: Mapping[str, Array]) -> "FetchedSteps":
         """A run whose inner values are all kept."""
         self._set_threads()
         found = [tensor.numpy() for tensor in self._values(*self._arrange(feeds))]
@@ -63,7 +64,7 @@ class RelaxModel:
             (tap["step"], tap["offset"]): array
             for tap, array in zip(taps, found[: len(taps)], strict=True)
         }
-        return RelaxSteps(len(self.manifest["steps"]), found[len(taps) :], values)
+        return FetchedSteps(len(self.manifest["steps"]), found[len(taps) :], values)
 
     def _arrange(self, feeds: Mapping[str, Array]) -> list[Any]:
         if feeds.keys() != self.inputs.keys():
@@ -87,29 +88,6 @@ class RelaxModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class RelaxSteps:
-    """Values of a run by the step that made them."""
-
-    def __init__(
-        self, count: int, results: list[Array], values: Mapping[tuple[int, int], Array]
-    ) -> None:
-        self.results = results
-        self._count, self._found, self._at = count, values, -1
-
-    def __len__(self) -> int:
-        return self._count
-
-    def step(self, index: int) -> float:
-        """Go to a step; the time is not known here."""
-        self._at = index
-        return 0.0
-
-    def read(self, offset: int, kind: TensorType) -> Array:
-        """A value that the manifest lists for this step."""
-        found: Array = self._found[self._at, offset][: kind.nbytes].view(kind.dtype)
-        return found.reshape(kind.shape)
 
 
 def _types(described: Mapping[str, Any]) -> dict[str, TensorType]:

@@ -17,6 +17,7 @@ from mpqc.boards.connection import Connection
 from mpqc.boards.programs import compile_measure
 from mpqc.errors import ArtifactError, DataError, UsageError
 from mpqc.profile_layers import LEAST_SECONDS, Times
+from mpqc.runtime import FetchedSteps
 from mpqc.target import Target, find_target
 from mpqc.tensor_type import Array, TensorType
 
@@ -167,7 +168,7 @@ class RemoteModel:
         outputs, _ = self._run(feeds, ())
         return outputs
 
-    def steps(self, feeds: Mapping[str, Array]) -> "RemoteStepper":
+    def steps(self, feeds: Mapping[str, Array]) -> "FetchedSteps":
         """Run step by step, and fetch every value that the manifest lists."""
         taps = sorted(self.manifest["taps"].values(), key=lambda tap: tap["step"])
         reads = [(tap["step"], tap["offset"], _stored_bytes(tap)) for tap in taps]
@@ -175,7 +176,7 @@ class RemoteModel:
         values = {
             (step, offset): data for (step, offset, _), data in zip(reads, found, strict=True)
         }
-        return RemoteStepper(len(self.manifest["steps"]), list(outputs.values()), values)
+        return FetchedSteps(len(self.manifest["steps"]), list(outputs.values()), values)
 
     def _run(
         self, feeds: Mapping[str, Array], reads: Sequence[tuple[int, int, int]]
@@ -204,29 +205,6 @@ class RemoteModel:
             for (name, kind), piece in zip(self.outputs.items(), pieces, strict=False)
         }
         return outputs, pieces[len(outputs) :]
-
-
-class RemoteStepper:
-    """A run whose inner values were all fetched."""
-
-    def __init__(
-        self, count: int, results: list[Array], values: Mapping[tuple[int, int], bytes]
-    ) -> None:
-        self.results = results
-        self._count, self._values, self._at = count, values, -1
-
-    def __len__(self) -> int:
-        return self._count
-
-    def step(self, index: int) -> float:
-        """Go to a step; the time is not known here."""
-        self._at = index
-        return 0.0
-
-    def read(self, offset: int, kind: TensorType) -> Array:
-        """A value that the manifest lists for this step."""
-        array: Array = np.frombuffer(self._values[self._at, offset], kind.dtype)
-        return array.reshape(kind.shape)
 
 
 def _types(described: Mapping[str, Any]) -> dict[str, TensorType]:

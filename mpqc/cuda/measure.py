@@ -1,12 +1,11 @@
 """Time the steps of libraries on this machine's GPU: what its latency tables are made of."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from mpqc.profile_layers import LEAST_SECONDS, MOST_PASSES, Times, random_feeds
+from mpqc.profile_layers import Times, random_feeds, take_turns
 from mpqc.runtime import CompiledModel
 from mpqc.target import gpu
 
@@ -32,14 +31,7 @@ class DeviceRunner:
             for library in libraries:
                 models.append(CompiledModel(library))
             contestants = [_Contestant(model) for model in models]
-            passes, start = 0, time.perf_counter()
-            while passes < repeat or (
-                passes < MOST_PASSES
-                and time.perf_counter() - start < LEAST_SECONDS * len(contestants)
-            ):
-                for contestant in contestants:
-                    contestant.run()
-                passes += 1
+            take_turns([contestant.run for contestant in contestants], repeat)
             return [contestant.times() for contestant in contestants]
         finally:
             for model in models:
