@@ -61,6 +61,49 @@ class _Lsq(torch.autograd.Function):
         return to_x, to_step, None, None, None, None
 
 
+class _LsqOfOneStep(torch.autograd.Function):
+    """``_Lsq`` with one step for the whole tensor, in few passes over memory, for CPUs.
+
+    The sum of ``grad * (integer - x / step)`` is taken as a difference of two products, so that
+    only x and the result are kept. The bounds are numbers of the host: a GPU would be waited for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: float, high: float, scale: float) -> Tensor:
+        made = (x / step).clamp_(low, high).round_().mul_(step)
+        ctx.save_for_backward(x, made, step)
+        ctx.bounds, ctx.scale = (low, high), scale
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, made, step = ctx.saved_tensors
+        grad, size = grads[0], np.float32(float(step))
+        # the kernel leaves out the bounds themselves; zeros, as ReLU makes them, are inside
+        low = np.nextafter(np.float32(ctx.bounds[0]) * size, np.float32(-np.inf))
+        high = np.nextafter(np.float32(ctx.bounds[1]) * size, np.float32(np.inf))
+        low, high = min(low, -_NORMAL), max(high, _NORMAL)
+        to_x = torch.ops.aten.hardtanh_backward(grad, x, float(low), float(high))
+        to_step = None
+        if ctx.needs_input_grad[1]:
+            slope = (_dot(grad, made) - _dot(to_x, x)) / step
+            to_step = slope.reshape(step.shape) * ctx.scale
+        return to_x if ctx.needs_input_grad[0] else None, to_step, None, None, None
+
+
+_NORMAL = np.finfo(np.float32).tiny
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products, without copies where both lie in memory alike."""
+    if a.stride() == b.stride():
+        if a.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1))
+        if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+            return torch.dot(a.permute(0, 2, 3, 1).view(-1), b.permute(0, 2, 3, 1).view(-1))
+    return (a * b).sum()
+
+
 def to_integers(steps: Tensor, low: Tensor, high: Tensor, odd: Tensor | None = None) -> Tensor:
     """Nearest integers in [low, high], half to even; where ``odd``, nearest odd ones.
 
@@ -380,6 +423,10 @@ class LsqInput(InputQuantizer):
         return self.log_step.exp()
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            low, high = -float(self.zero_point), float(2**self.bits - 1 - self.zero_point)
+            made: Tensor = _LsqOfOneStep.apply(x, self.step, low, high, self._scale)
+            return made
         return lsq(x, self.step, self.low, self.high, None, self._scale)
 
     def rule(self) -> ActivationQuantizer:

@@ -235,7 +235,8 @@ class Training:
         for group in groups:
             group["base"] = group["lr"]
         if self.recipe.optimizer == "adam":
-            self.optimizer: Any = torch.optim.AdamW(groups, weight_decay=0.0)
+            fused = self.device.type == "cpu" or None  # elsewhere as torch thinks best
+            self.optimizer: Any = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
         else:
             self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
         self._average = {name: t.detach().clone() for name, t in self._averaged().items()}

@@ -46,7 +46,13 @@ class LayerHook(nn.Module):
 
     A search plugin derives from it: ``forward`` may quantize, mix several quantized weights or
     call the product several times.
+
+    Attributes:
+        plain: whether ``forward`` gives what one call of ``product`` gives, so that
+            BatchNormalization with fixed statistics can be folded into the product.
     """
+
+    plain = False
 
     def forward(self, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the layer.
@@ -140,6 +146,11 @@ class GraphModule(nn.Module):
         self._chains = {
             name: tuple(node.name for node in affine_chain(graph, graph[name])[0])
             for name in self.layers
+        }
+        self._norms = {
+            name: graph[chain[0]]
+            for name, chain in self._chains.items()
+            if chain and graph[chain[0]].op == "BatchNormalization"
         }
         self._last = _last_uses(graph)
         self._cache: tuple[tuple[int, ...], dict[str, Deployed]] | None = None
@@ -290,6 +301,8 @@ class GraphModule(nn.Module):
         results: dict[str, Tensor] = {}
         deployed = {} if self.training else self.deployed()
         skipped = {step for name in deployed for step in self._chains[name]}
+        absorbing = self._absorbing(names) if not deployed else {}
+        skipped |= {norm.name for norm in absorbing.values()}
 
         def define(value: str, tensor: Tensor) -> None:
             if value in names:
@@ -300,12 +313,15 @@ class GraphModule(nn.Module):
         if isinstance(feeds, Tensor):
             feeds = {next(iter(self.graph.inputs)): feeds}
         for name in self.graph.inputs:
-            define(name, feeds[name])
+            define(name, _laid_out(feeds[name]))
         for node in self.graph:
             if node.name in skipped:
                 continue
             end = node.output
-            if node.name in deployed:
+            if node.name in absorbing:
+                norm = absorbing[node.name]
+                define(norm.output, self._normalized(node, norm, values[node.inputs[0]]))
+            elif node.name in deployed:
                 chain = self._chains[node.name]
                 end = self.graph[chain[-1]].output if chain else end
                 define(end, self._integers(node, values[node.inputs[0]], deployed[node.name]))
@@ -340,6 +356,40 @@ class GraphModule(nn.Module):
         )
         training = self.training and not self.freeze_batch_norm
         return ops.OPS[node.op](ops.Call(self.graph, node, operands, training, fixed))
+
+    def _absorbing(self, wanted: Sequence[str]) -> dict[str, Node]:
+        """Layers -> BatchNormalization of fixed statistics that their products can absorb."""
+        if self.training and not self.freeze_batch_norm:
+            return {}
+        found = {}
+        for name, norm in self._norms.items():
+            hook, value = self.hooks.find(name), norm.inputs[0]
+            seen = value in wanted or self.tensors.find(value) is not None
+            if not seen and (hook is None or hook.plain):
+                found[name] = norm
+        return found
+
+    def _normalized(self, node: Node, norm: Node, x: Tensor) -> Tensor:
+        """A layer and the BatchNormalization behind it, as one product.
+
+        The normalization, and its gradients, then cost a pass over the weights and not several
+        over the values.
+        """
+        scale, shift, mean, variance = (self.constant(name) for name in norm.inputs[1:5])
+        epsilon = float(norm.attrs.get("epsilon", 1e-5))  # type: ignore[arg-type]
+        factor = scale * (variance + epsilon).rsqrt()
+        shift = shift - mean * factor
+        product = self._product(node)
+
+        def folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            rows = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+            return product(x, rows, shift if bias is None else shift + bias * factor)
+
+        hook = self.hooks.find(node.name)
+        weight, bias = self._rows(node), self._bias(node)
+        made: Tensor
+        made = folded(x, weight, bias) if hook is None else hook(folded, x, weight, bias)
+        return made
 
     def _product(self, node: Node) -> Product:
         if node.op == "Conv":
@@ -436,6 +486,13 @@ def load_graph(path: str | Path, dims: Mapping[str, int] | None = None, batch: i
             raise
         graph = importer.load(path, dims)
     return run(graph, FoldPad(), DropDead())
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Pictures with their channels last: the layout that convolutions on CPUs are fast in."""
+    if x.dim() != 4 or x.device.type != "cpu" or not x.is_floating_point():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -338,8 +338,10 @@ def _slice(call: Call) -> Tensor:
         where = range(x.shape[axis])[
             slice(start, None if step < 0 and end < -(2**31) else end, step)
         ]
-        if step == 1:
-            x = x.narrow(axis, where.start, len(where)) if len(where) else x.narrow(axis, 0, 0)
+        if step >= 1:  # a view
+            first = where.start if len(where) else 0
+            part = slice(first, first + step * len(where), step)
+            x = x[(slice(None),) * (axis % x.dim()) + (part,)]
         else:
             x = x.index_select(axis, torch.tensor(list(where), device=x.device))
     return x

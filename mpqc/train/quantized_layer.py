@@ -43,6 +43,8 @@ class QuantizedLayer(LayerHook):
         offset: float32 [O] added to the bias, where the network has no place for one.
     """
 
+    plain = True
+
     def __init__(self, weight: WeightQuantizer, data: InputQuantizer) -> None:
         super().__init__()
         self.weight = weight

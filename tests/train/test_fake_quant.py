@@ -183,6 +183,39 @@ def test_gradients_of_lsq() -> None:
     assert float(step.grad) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("layout", ["rows", "channels last", "transposed"])
+def test_one_step_for_a_tensor_learns_as_many_steps_do(zero: int, layout: str) -> None:
+    """The fast form for CPUs: the same codes, the same gradients, values on the bounds inside."""
+    rng = np.random.default_rng(zero)
+    array = rng.standard_normal((3, 5, 4, 6)).astype(np.float32)
+    array[0, 0, 0] = [0, -0.0, 3 * 0.5, -3 * 0.5, 12 * 0.5, 15 * 0.5]
+    quantizer = LsqInput(ActivationQuantizer(0.5, zero, 4), 120)
+    start = torch.from_numpy(array)
+    if layout == "channels last":
+        start = start.contiguous(memory_format=torch.channels_last)
+    upstream = torch.from_numpy(rng.standard_normal(array.shape).astype(np.float32))
+    if layout == "transposed":
+        start = start.transpose(1, 3).contiguous().transpose(1, 3)
+    found = []
+    for fast in (True, False):
+        x = start.clone().requires_grad_()
+        step = quantizer.step.detach().requires_grad_()
+        if fast:
+            out = quantizer(x)
+            out.backward(upstream)
+            slope = quantizer.log_step.grad / step.detach()  # of the step, not of its logarithm
+        else:
+            out = lsq(x, step, quantizer.low, quantizer.high, None, quantizer._scale)
+            out.backward(upstream)
+            slope = step.grad
+        found.append((out.detach(), x.grad, slope))
+    for fast_one, slow_one in zip(*found, strict=True):
+        torch.testing.assert_close(fast_one, slow_one, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_the_scale_of_lsqs_gradient_is_that_of_its_paper() -> None:
     array = weights()
     quantizer = LsqWeights.fitted(torch.from_numpy(array), 3)

@@ -242,6 +242,28 @@ def test_settled_on_data_the_network_computes_what_it_did() -> None:
     torch.testing.assert_close(follows, module({"x": x})["y"], atol=0.05, rtol=0.05)
 
 
+def test_fixed_batch_norm_in_the_product_trains_as_beside_it() -> None:
+    """Outputs and all gradients are those of BatchNormalization as an operator of its own."""
+    plan = Plan.uniform(Graph.parse(NETWORK), Precision(3, 3), None)
+    module, _, feeds = rounded_module(NETWORK, plan)
+    module.train().freeze_batch_norm = True
+    x = torch.from_numpy(feeds["x"])
+    apart, hooks = copy.deepcopy(module), 0
+    for name in apart.hooks.names():
+        apart.hooks.find(name).plain = False
+        hooks += 1
+    assert hooks == 4
+    outputs = []
+    for network in (module, apart):
+        outputs.append(network({"x": x})["y"])
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for (name, one), two in zip(module.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-4, msg=name)
+    seen = module({"x": x}, ["c1"])["c1"]  # a value that is asked for is not absorbed
+    torch.testing.assert_close(seen, apart({"x": x}, ["c1"])["c1"])
+
+
 def test_settled_without_compensation_batch_norm_takes_the_shift_away() -> None:
     plan = Plan.uniform(Graph.parse(NETWORK), Precision(2, 2), None)
     graph, calibration, feeds = setting(NETWORK, plan)
