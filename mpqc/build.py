@@ -137,7 +137,7 @@ def build(
         archive,
         len(weights.data),
         weights.shared,
-        scratch_bytes(program, memory, workspace, target),
+        scratch_bytes(program, memory, workspace, target, form),
         code,
     )
 

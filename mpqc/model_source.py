@@ -17,7 +17,10 @@ from mpqc.target import Target
 
 CSRC = Path(__file__).parent / "csrc"
 DEFAULT_PREFIX = "mpqc"
-INSTANCE_BYTES, WORKER_BYTES = 256, 64  # runtime.c checks that its structs fit
+LOOPS = {"elementwise", "float", "pad", "copy"}  # kinds of steps that read just what they should
+
+# Bytes of an instance and of a thread, without threads and with; runtime.c checks that they fit.
+STRUCTS: Mapping[bool, tuple[int, int]] = {True: (128, 64), False: (384, 128)}
 
 # What the library asks an x86 processor for before it runs, by mpqc's feature names: the leaf of
 # cpuid, the register, its bits; and the state that the system must save (xgetbv). Compilers' own
@@ -168,17 +171,18 @@ def sizes_header(
     program: Program, memory: MemoryPlan, weights: Weights, workspace: int, form: Form, prefix: str
 ) -> str:
     """sizes.h: what runtime.c is compiled for; ``workspace`` is that of each thread."""
+    instance, worker = STRUCTS[form.bare]
     facts = {
         "ARENA_BYTES": memory.size,
         "ARENA_LEAST": memory.lower_bound,
         "WORKSPACE_BYTES": workspace,
         "WEIGHT_BYTES": len(weights.data),
         "SHARED_BYTES": weights.shared,
-        "INSTANCE_BYTES": INSTANCE_BYTES,
-        "WORKER_BYTES": WORKER_BYTES,
+        "INSTANCE_BYTES": instance,
+        "WORKER_BYTES": worker,
     }
     lines = [f"#define MPQC_{name} {value}" for name, value in facts.items()]
-    scratch = scratch_expression(program, memory, workspace)
+    scratch = scratch_expression(program, memory, workspace, form)
     lines.append(f"#define MPQC_SCRATCH_BYTES(threads) {scratch}")
     if form.bare:
         lines += ["#define MPQC_NO_THREADS", "#define MPQC_NO_HEAP"]
@@ -187,9 +191,9 @@ def sizes_header(
     return "\n".join(lines) + "\n"
 
 
-def scratch_expression(program: Program, memory: MemoryPlan, workspace: int) -> str:
+def scratch_expression(program: Program, memory: MemoryPlan, workspace: int, form: Form) -> str:
     """Bytes of an instance as a C expression of ``threads``; runtime.c divides them the same."""
-    fixed, each, more = _scratch_parts(memory, workspace)
+    fixed, each, more = _scratch_parts(memory, workspace, form)
     buffers = len(program.inputs) + len(program.outputs)
     pointers = f"(sizeof(void*) * {buffers} + 63) / 64 * 64"
     return (
@@ -198,16 +202,19 @@ def scratch_expression(program: Program, memory: MemoryPlan, workspace: int) -> 
     )
 
 
-def scratch_bytes(program: Program, memory: MemoryPlan, workspace: int, target: Target) -> int:
+def scratch_bytes(
+    program: Program, memory: MemoryPlan, workspace: int, target: Target, form: Form
+) -> int:
     """The same for an instance of one thread."""
     pointer = 4 if target.arch == "armv7" else 8
     pointers = -(-pointer * (len(program.inputs) + len(program.outputs)) // 64) * 64
-    return sum(_scratch_parts(memory, workspace)[:2]) + pointers
+    return sum(_scratch_parts(memory, workspace, form)[:2]) + pointers
 
 
-def _scratch_parts(memory: MemoryPlan, workspace: int) -> tuple[int, int, int]:
+def _scratch_parts(memory: MemoryPlan, workspace: int, form: Form) -> tuple[int, int, int]:
     """Of the instance, of each thread, and of each but the first."""
-    return INSTANCE_BYTES + _whole_lines(memory.size), WORKER_BYTES, _whole_lines(workspace)
+    instance, worker = STRUCTS[form.bare]
+    return instance + _whole_lines(memory.size), worker, _whole_lines(workspace)
 
 
 def _whole_lines(size: int) -> int:
@@ -244,7 +251,8 @@ def public_header(
             ]
     lines += [
         "/* What mpqc_scratch_bytes returns, for memory that is laid out at compile time. */",
-        f"#define {upper}_SCRATCH_BYTES(threads) {scratch_expression(program, memory, workspace)}",
+        f"#define {upper}_SCRATCH_BYTES(threads) "
+        + scratch_expression(program, memory, workspace, form),
         "#endif",
     ]
     body = text.rstrip()
@@ -283,13 +291,19 @@ def model_source(
             return f"(void*)(mpqc_weights + {weights.fixed[root]})"
         if root in weights.widened:
             return f"mpqc_shared + {weights.widened[root]}"
+        if root in program.inputs:
+            return f"mpqc_find_input({list(program.inputs).index(root)}, a, s)"
         return f"a + {places[root]}"
 
     arity = {step.kernel: len(step.inputs) + len(step.outputs) for step in program.steps}
     lines = ['#include "runtime.h"', ""]
     lines += [f"int {name}({', '.join(['void*'] * count)});" for name, count in arity.items()]
     # a switch, not a table of pointers: those would be writable until the loader has set them
-    lines += ["int mpqc_call_step(int index, uint8_t* a) {", "  (void)a;", "  switch (index) {"]
+    lines += [
+        "int mpqc_call_step(int index, uint8_t* a, const void* const* s) {",
+        "  (void)a, (void)s;",
+        "  switch (index) {",
+    ]
     for index, step in enumerate(program.steps):
         args = ", ".join(place(name) for name in (*step.inputs, *step.outputs))
         lines.append(f"    case {index}: return {step.kernel}({args});")
@@ -302,6 +316,7 @@ def model_source(
         + "};",
         *tensor_table("input", program.inputs, [places[name] for name in program.inputs]),
         *tensor_table("output", program.outputs, [places[results[n]] for n in program.outputs]),
+        input_alignments(program),
         *narrow_table(weights),
         identity(target, manifest),
         _machine_check(target),
@@ -327,6 +342,21 @@ def tensor_table(side: str, tensors: Mapping[str, TensorType], places: list[int]
         f"const size_t mpqc_{side}_offsets[] = {{{', '.join(map(str, places)) or '0'}}};",
         f"const int mpqc_{side}s_n = {len(rows)};",
     ]
+
+
+def input_alignments(program: Program) -> str:
+    """Inputs that plain loops alone read are read at the caller's, if aligned like their type."""
+    readers: dict[str, set[str]] = {name: set() for name in program.inputs}
+    for step in program.steps:
+        for name in step.inputs:
+            if (root := program.root(name)) in readers:
+                readers[root].add(step.kind)
+    wanted = [
+        np.dtype(kind.dtype).itemsize if readers[name] <= LOOPS else 0
+        for name, kind in program.inputs.items()
+    ]
+    numbers = ", ".join(map(str, wanted)) or "0"
+    return f"const size_t mpqc_input_alignments[] = {{{numbers}}};"
 
 
 def narrow_table(weights: Weights) -> list[str]:

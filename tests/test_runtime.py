@@ -1,6 +1,7 @@
 """The C interface of a built library, used as it should not be, and its Python door."""
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Iterator
 from ctypes import POINTER, c_int, c_size_t, c_void_p
@@ -153,6 +154,30 @@ def test_memory_of_the_callers(c: Any) -> None:
     c.mpqc_destroy(handle)
     end = start - memory.ctypes.data + size
     assert (memory[end:] == 0xEE).all()  # nothing was written behind it
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shift", [0, 1, 2, 4, 12, 20])
+def test_inputs_lie_anywhere(c: Any, threads: int, shift: int) -> None:
+    """Aligned like their type they are read where they are, else copied: never a byte behind."""
+    (given,) = FEEDS.values()
+    pages = -(-(given.nbytes + shift) // mmap.PAGESIZE) * mmap.PAGESIZE
+    anonymous = (mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype, libc.mmap.argtypes = c_void_p, (c_void_p, c_size_t, *[c_int] * 3, c_size_t)
+    libc.mprotect.argtypes, libc.munmap.argtypes = (c_void_p, c_size_t, c_int), (c_void_p, c_size_t)
+    memory = libc.mmap(None, pages + mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, *anonymous)
+    assert libc.mprotect(memory + pages, mmap.PAGESIZE, 0) == 0  # PROT_NONE
+    place = memory + pages - given.nbytes - shift
+    ctypes.memmove(place, given.ctypes.data, given.nbytes)
+    handle, b = c_void_p(), Buffers()
+    b.inputs[0] = place
+    assert c.mpqc_create(threads, ctypes.byref(handle)) == OK
+    for _ in range(2):
+        assert c.mpqc_run(handle, b.inputs, None, b.outputs, None) == OK
+        np.testing.assert_array_equal(b.results[0], expected()["c3"])
+    c.mpqc_destroy(handle)
+    assert libc.munmap(memory, pages + mmap.PAGESIZE) == 0
 
 
 def test_every_status_has_words(c: Any) -> None:

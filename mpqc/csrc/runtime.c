@@ -35,16 +35,25 @@ struct pool {
   size_t size, used;
 };
 
-struct worker {
-  struct mpqc_model* model;
 #ifndef MPQC_NO_THREADS
-  atomic_uint claims; /* launches so far << ID_BITS | own tasks of this launch that are taken */
+#define OWN_LINE _Alignas(MPQC_ALIGNMENT) /* fetching a line that another core wrote takes 90 ns */
+#else
+#define OWN_LINE
 #endif
+
+struct worker {
+#ifndef MPQC_NO_THREADS
+  /* what a launch writes, on one line: all that a worker waits for */
+  OWN_LINE atomic_uint claims; /* launches so far << ID_BITS | own tasks of this one, taken */
+  atomic_int asleep;
+  task_fn task;
+  void* data;
+#endif
+  OWN_LINE struct mpqc_model* model;
   struct pool pool; /* in parallel loops */
   size_t peak;
 #ifndef MPQC_NO_THREADS
   pthread_t thread;
-  int id;
 #endif
   int looping;
 };
@@ -60,16 +69,13 @@ struct mpqc_model {
   int bound;
   atomic_int busy;
 #ifndef MPQC_NO_THREADS
-  atomic_uint launches;
-  atomic_int done;    /* tasks of this launch that have ended */
-  atomic_int failed;
-  atomic_int stop;
+  unsigned launches;
   int started;
-  task_fn task;
-  void* data;
+  OWN_LINE atomic_int done; /* tasks of this launch that have ended */
+  atomic_int failed;
+  OWN_LINE atomic_int stop;
   pthread_mutex_t lock;
   pthread_cond_t wake;
-  int sleeping;
 #endif
 };
 
@@ -138,32 +144,36 @@ static void wait_turn(int turn) {
   else sched_yield();
 }
 
-static unsigned launches(struct mpqc_model* m) {
-  return atomic_load_explicit(&m->launches, memory_order_acquire);
+/* Which launch the worker has been given tasks of last. */
+static unsigned given(struct worker* w) {
+  return atomic_load_explicit(&w->claims, memory_order_acquire) >> ID_BITS;
 }
 
-/* Take the tasks of one worker until none is left. Neighbouring tasks touch neighbouring memory, so
- * that everyone begins with those that lie in its own cache since the kernel before. */
-static void take_from(struct worker* owner, struct worker* w) {
+/* Take the tasks of one worker until none is left; how many that were. Neighbouring tasks touch
+ * neighbouring memory, so that everyone begins with those that lie in its own cache since the
+ * kernel before. */
+static int take_from(struct worker* owner, struct worker* w) {
   struct mpqc_model* m = w->model;
   group_env env = {NULL, m->threads * SHARES};
-  int first = (int)(owner - m->workers) * SHARES;
+  int first = (int)(owner - m->workers) * SHARES, count = 0;
   unsigned taken = atomic_load_explicit(&owner->claims, memory_order_acquire);
   while ((taken & ID_MASK) < SHARES) {
     if (!atomic_compare_exchange_weak(&owner->claims, &taken, taken + 1)) continue;
     /* the launch cannot end before this task: `task` and `data` stay */
     int id = first + (int)(taken & ID_MASK);
-    if (run_task(w, m->task, id, &env, m->data)) atomic_store(&m->failed, 1);
-    atomic_fetch_add_explicit(&m->done, 1, memory_order_release);
+    if (run_task(w, w->task, id, &env, w->data)) atomic_store(&m->failed, 1);
+    count++;
     taken = atomic_load_explicit(&owner->claims, memory_order_acquire);
   }
+  return count;
 }
 
 /* Whoever wakes late finds nothing to do, and nobody has waited for it. */
 static void take_tasks(struct worker* w) {
-  struct worker* all = w->model->workers;
-  int threads = w->model->threads, own = (int)(w - all);
-  for (int i = 0; i < threads; i++) take_from(&all[(own + i) % threads], w);
+  struct mpqc_model* m = w->model;
+  int own = (int)(w - m->workers), count = 0;
+  for (int i = 0; i < m->threads; i++) count += take_from(&m->workers[(own + i) % m->threads], w);
+  if (count) atomic_fetch_add_explicit(&m->done, count, memory_order_release);
 }
 
 static void* work(void* argument) {
@@ -173,31 +183,37 @@ static void* work(void* argument) {
   self = w;
   for (;;) {
     int spins = 0;
-    while (launches(m) == seen) {
+    while (given(w) == seen) {
       if (++spins < SPINS) {
         wait_turn(spins);
         continue;
       }
       pthread_mutex_lock(&m->lock);
-      m->sleeping++;
-      while (launches(m) == seen) pthread_cond_wait(&m->wake, &m->lock);
-      m->sleeping--;
+      atomic_store(&w->asleep, 1);
+      atomic_thread_fence(memory_order_seq_cst); /* the launch looks here after it gave tasks */
+      while (given(w) == seen) pthread_cond_wait(&m->wake, &m->lock);
+      atomic_store(&w->asleep, 0);
       pthread_mutex_unlock(&m->lock);
     }
-    seen = launches(m);
+    seen = given(w);
     if (atomic_load(&m->stop)) return NULL;
     take_tasks(w);
   }
 }
 
 /* A new launch, of which every worker has taken so many of its tasks. */
-static void launch(struct mpqc_model* m, unsigned taken) {
-  unsigned next = launches(m) + 1;
+static void launch(struct mpqc_model* m, task_fn task, void* data, unsigned taken) {
+  unsigned claims = ++m->launches << ID_BITS | taken;
+  int asleep = 0;
+  atomic_store_explicit(&m->done, 0, memory_order_relaxed);
+  for (int i = 0; i < m->threads; i++) m->workers[i].task = task, m->workers[i].data = data;
   for (int i = 0; i < m->threads; i++)
-    atomic_store_explicit(&m->workers[i].claims, next << ID_BITS | taken, memory_order_release);
-  atomic_store(&m->launches, next);
+    atomic_store_explicit(&m->workers[i].claims, claims, memory_order_release);
+  atomic_thread_fence(memory_order_seq_cst);
+  for (int i = 1; i < m->threads; i++) asleep |= atomic_load(&m->workers[i].asleep);
+  if (!asleep) return;
   pthread_mutex_lock(&m->lock);
-  if (m->sleeping) pthread_cond_broadcast(&m->wake);
+  pthread_cond_broadcast(&m->wake);
   pthread_mutex_unlock(&m->lock);
 }
 #endif
@@ -207,16 +223,12 @@ static int parallel_launch(task_fn task, void* data, int tasks) {
 #ifndef MPQC_NO_THREADS
   struct mpqc_model* m = w != NULL ? w->model : NULL;
   if (m != NULL && m->threads > 1 && w == m->workers && (tasks == 0 || tasks == m->threads)) {
-    m->task = task;
-    m->data = data;
-    atomic_store(&m->failed, 0);
-    atomic_store(&m->done, 0);
-    launch(m, 0);
+    launch(m, task, data, 0);
     take_tasks(w);
     int spins = 0;
     while (atomic_load_explicit(&m->done, memory_order_acquire) < m->threads * SHARES)
       wait_turn(++spins);
-    return atomic_load(&m->failed);
+    return atomic_exchange(&m->failed, 0);
   }
 #endif
   if (w == NULL) return 1;
@@ -359,7 +371,6 @@ int mpqc_create_in(int threads, void* scratch, size_t bytes, mpqc_model** result
     return MPQC_OUT_OF_MEMORY;
   }
   for (int i = 1; i < threads; i++) {
-    m->workers[i].id = i;
     if (pthread_create(&m->workers[i].thread, NULL, work, &m->workers[i])) {
       mpqc_destroy(m);
       return MPQC_OUT_OF_MEMORY;
@@ -376,7 +387,7 @@ void mpqc_destroy(mpqc_model* m) {
 #ifndef MPQC_NO_THREADS
   if (m->started) {
     atomic_store(&m->stop, 1);
-    launch(m, SHARES);
+    launch(m, NULL, NULL, SHARES);
     for (int i = 1; i <= m->started; i++) pthread_join(m->workers[i].thread, NULL);
   }
   pthread_mutex_destroy(&m->lock);
@@ -422,16 +433,19 @@ static int bind(mpqc_model* m, const void* const* inputs, void* const* outputs) 
   return MPQC_OK;
 }
 
-/* Kernels want buffers aligned to 64 bytes, and may read a little behind an input: both sides are
- * copied, inputs to their places in the arena before the first step, outputs after the last. */
+/* Plain loops read inputs where the caller has them; other kernels may read a little behind: for
+ * those they are copied to their places in the arena before the first step. Outputs are copied
+ * after the last. */
 static int step(mpqc_model* m, int index) {
-  for (int i = 0; i < mpqc_inputs_n && index == 0; i++)
-    if (mpqc_inputs[i].bytes)
-      memcpy(m->arena + mpqc_input_offsets[i], m->sources[i], mpqc_inputs[i].bytes);
+  for (int i = 0; i < mpqc_inputs_n && index == 0; i++) {
+    void* place = mpqc_find_input(i, m->arena, m->sources);
+    if (place != m->sources[i] && mpqc_inputs[i].bytes)
+      memcpy(place, m->sources[i], mpqc_inputs[i].bytes);
+  }
   const size_t* space = mpqc_workspaces[index];
   m->pool = (struct pool){m->arena + space[0], space[1], 0};
   m->workers[0].pool = (struct pool){m->arena + space[0] + space[1], space[2], 0};
-  if (mpqc_call_step(index, m->arena)) return MPQC_KERNEL_FAILED;
+  if (mpqc_call_step(index, m->arena, m->sources)) return MPQC_KERNEL_FAILED;
   for (int i = 0; i < mpqc_outputs_n && index == mpqc_steps_n - 1; i++)
     if (mpqc_outputs[i].bytes)
       memcpy(m->results[i], m->arena + mpqc_output_offsets[i], mpqc_outputs[i].bytes);

@@ -63,7 +63,7 @@ def build(
             model_source(program, memory, workspaces, weights, code, target, manifest), "utf-8"
         )
         gcc = Compiler(compiler, target, work)
-        gcc.sizes(sizes_header(program, memory, weights))
+        gcc.sizes(sizes_header(program, memory, weights, form))
         gcc.run(
             "-shared", str(CSRC / "cuda_runtime.c"), "model.c", "-o", "model.so", "-nostartfiles",
             "-Wl,-Bsymbolic", "-Wl,--version-script=exports.map", "-Wl,-z,noexecstack",
@@ -76,7 +76,7 @@ def build(
     name = str(manifest.get("model", {}).get("file", output.name))
     interface = output.with_suffix(".h")
     interface.write_text(header(program, memory, form, name), "utf-8")
-    host = scratch_bytes(program, on_host(memory), 0, target)
+    host = scratch_bytes(program, on_host(memory), 0, target, form)
     return Built(output, interface, None, len(weights.data), weights.shared, host, len(binary))
 
 

@@ -7,8 +7,7 @@ from typing import Any
 from mpqc.cuda.codegen import DeviceCode
 from mpqc.model_source import (
     DEFAULT_PREFIX,
-    INSTANCE_BYTES,
-    WORKER_BYTES,
+    STRUCTS,
     Form,
     Weights,
     embed,
@@ -24,16 +23,17 @@ from mpqc.target import Target
 DEVICE_CODE = "kernels.fatbin"
 
 
-def sizes_header(program: Program, memory: MemoryPlan, weights: Weights) -> str:
+def sizes_header(program: Program, memory: MemoryPlan, weights: Weights, form: Form) -> str:
     """sizes.h: what cuda_runtime.c is compiled for."""
+    instance, worker = STRUCTS[form.bare]
     facts = {
         "ARENA_BYTES": memory.size,
         "ARENA_LEAST": memory.lower_bound,
         "WEIGHT_BYTES": len(weights.data),
         "SHARED_BYTES": weights.shared,
-        "INSTANCE_BYTES": INSTANCE_BYTES,
-        "WORKER_BYTES": WORKER_BYTES,
-        "SCRATCH_BYTES(threads)": scratch_expression(program, on_host(memory), 0),
+        "INSTANCE_BYTES": instance,
+        "WORKER_BYTES": worker,
+        "SCRATCH_BYTES(threads)": scratch_expression(program, on_host(memory), 0, form),
     }
     return "".join(f"#define MPQC_{name} {value}\n" for name, value in facts.items())
 
