@@ -88,14 +88,17 @@ def finetune(
     temperature: Annotated[float, Option("--temperature", help="Of kl.")] = 2.0,
     batch_size: Annotated[int, Option("--batch-size", min=1, help="Samples of a step.")] = 64,
     lr: Annotated[
-        float,
+        float | None,
         Option(
             "--lr",
-            help="Of weights, relative to their magnitude, at two bits; "
-            "half of it for each bit more.",
+            help="Of weights, relative to their magnitude, at two bits; half of it for each bit "
+            r"more.  \[0.005 for 100 steps or fewer, 0.02 for 400 or more]",
         ),
-    ] = 0.005,
-    step_lr: Annotated[float, Option("--step-lr", help="Of quantizer steps, relative.")] = 0.003,
+    ] = None,
+    step_lr: Annotated[
+        float | None,
+        Option("--step-lr", help=r"Of quantizer steps, relative.  \[0.003 to 0.006, likewise]"),
+    ] = None,
     optimizer: Annotated[
         Literal["adam", "sgd"], Option("--optimizer", help="How steps are made.")
     ] = "adam",
@@ -150,8 +153,8 @@ def finetune(
     recipe = Recipe(
         epochs=epochs,
         batch_size=batch_size,
-        lr=lr,
-        step_lr=step_lr,
+        lr=Recipe.lr if lr is None else lr,
+        step_lr=Recipe.step_lr if step_lr is None else step_lr,
         optimizer=optimizer,
         ema=ema,
         augment=parse_augment(augment),
@@ -165,6 +168,9 @@ def finetune(
         temperature=temperature,
         device=device,
         every=checkpoint_every,
+        by_length=frozenset(
+            name for name, rate in (("lr", lr), ("step_lr", step_lr)) if rate is None
+        ),
     )
     with _Progress(verbose) as bar, _resumable(paths(output)[1]):
         result = run(

@@ -26,7 +26,7 @@ from mpqc.ort import Session
 from mpqc.plan import Plan
 from mpqc.train import folded, load_graph
 from mpqc.train.batches import Augment
-from mpqc.train.finetune import Options, finetune
+from mpqc.train.finetune import Options, finetune, suited
 from mpqc.train.loop import Recipe, Status
 from mpqc.train.objective import Objective
 
@@ -321,3 +321,14 @@ def test_the_best_epoch_survives_an_interruption(demo: Files, tmp_path: Path) ->
     parts = tuned(tmp_path / "parts.onnx", resume=True)
     assert (parts.delivered, parts.after) == (whole.delivered, whole.after)
     assert (tmp_path / "parts.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+
+
+def test_rates_that_nobody_gave_grow_with_the_number_of_steps() -> None:
+    recipe = Recipe(epochs=2, batch_size=10, lr=0.001, step_lr=0.001)
+    both = frozenset({"lr", "step_lr"})
+    assert suited(recipe, frozenset(), 10_000) == recipe
+    few, some, many = (suited(recipe, both, samples) for samples in (100, 1000, 10_000))
+    assert (few.lr, few.step_lr) == (Recipe.lr, Recipe.step_lr)
+    assert (some.lr, some.step_lr) == pytest.approx((2 * few.lr, 2**0.5 * few.step_lr))
+    assert (many.lr, many.step_lr) == pytest.approx((4 * few.lr, 2 * few.step_lr))
+    assert suited(recipe, frozenset({"lr"}), 10_000).step_lr == 0.001
