@@ -10,8 +10,10 @@ Layouts (all row-major; pixels outside channels, so that a 1x1 layer may view it
 * accumulators: int32 ``[N, OH, OW, O/B, B]``, B output channels a block.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from tvm import te, tirx
@@ -50,6 +52,47 @@ class Window:
     @property
     def iw(self) -> int:
         return (self.ow - 1) * self.sx + (self.kw - 1) * self.dx + 1
+
+
+@dataclass(frozen=True)
+class Padded:
+    """An image of codes, and the border that kernels shall see around it.
+
+    Attributes:
+        images, height, width, channels: of the codes that lie in memory, without border.
+        pads: top, left, bottom, right.
+        fill: code of the border.
+    """
+
+    images: int
+    height: int
+    width: int
+    channels: int
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    fill: int = 0
+
+    @property
+    def codes(self) -> int:
+        return self.images * self.height * self.width * self.channels
+
+    @property
+    def rows(self) -> int:
+        """Of an image with its border."""
+        return self.pads[0] + self.height + self.pads[2]
+
+    @property
+    def columns(self) -> int:
+        """Of an image with its border."""
+        return self.pads[1] + self.width + self.pads[3]
+
+    def inside(self, row: Expr) -> Expr:
+        """Whether a row, counted through all images with their borders, is none of a border."""
+        row = row % self.rows
+        return tirx.all(row >= self.pads[0], row < self.pads[0] + self.height)
+
+    def source(self, row: Expr) -> Expr:
+        """First pixel in memory of a row inside."""
+        return (row // self.rows * self.height + row % self.rows - self.pads[0]) * self.width
 
 
 def fence(value: Expr) -> Expr:
@@ -213,8 +256,8 @@ def lut_conv(
         rows[pixel, k, i] = sum_t  bit_t(i) * code[pixel, 4*k + t]
 
     Written without the gather, as the sum over the four bits of the nibble: entry 2**t of a row is
-    the code of channel t, entry 0 is zero. That is the meaning of the shuffle instructions that
-    ``lut_intrinsics`` puts in its place.
+    the code of channel t, as is the difference of entries 15 and 7 for the last; entry 0 is zero.
+    That is the meaning of the shuffle instructions that ``lut_intrinsics`` puts in its place.
 
     Args:
         rows: uint8 [S * N * H * W * C/S/4, 16], tables of the padded image, one slice of its
@@ -255,7 +298,8 @@ def _looked_up(rows: te.Tensor, row: Expr, nibble: Expr) -> Expr:
     total = rows[row, 0]
     for bit in range(4):
         picked = (nibble >> tirx.const(bit, "uint8")) & tirx.const(1, "uint8")
-        total = total + picked * rows[row, 1 << bit]
+        code = rows[row, 1 << bit] if bit < 3 else rows[row, 15] - rows[row, 7]
+        total = total + picked * code
     return total
 
 
@@ -364,6 +408,23 @@ def lut_pair_conv(
     return _weigh_planes(half, negative_top, pair_dtype, vector)
 
 
+def rows_of_patterns(patterns: te.Tensor, tables: te.Tensor) -> te.Tensor:
+    """What ``lut_conv`` reads, never in memory: the schedule computes it in registers.
+
+    Args:
+        patterns: uint16 [R], places of tables: 16 times a pattern.
+        tables: uint8 [256 * 16], ``packing.pattern_tables``.
+
+    Returns:
+        uint8 [R, 16].
+    """
+    return te.compute(
+        (int(patterns.shape[0]), 16),
+        lambda r, i: tables[patterns[r].astype("int64") + i],
+        name="rows",
+    )
+
+
 def expand_rows(codes: te.Tensor, channels: int) -> te.Tensor:
     """Tables of partial sums for ``lut_conv``.
 
@@ -407,6 +468,33 @@ def row_sum(rows: te.Tensor, window: Window, image: tuple[int, int, int, int]) -
         name="pixel_sum",
     )
     return _box(pixel, window)
+
+
+def sums_under(pixels: te.Tensor, window: Window, rows: int, columns: int) -> te.Tensor:
+    """Sums of pixels under each window, written out for a schedule that inlines them.
+
+    Args:
+        pixels: int32 flat [N * rows * columns].
+        window: geometry.
+        rows: of the padded image.
+        columns: of the padded image.
+
+    Returns:
+        int32 [N, OH, OW, 1].
+    """
+
+    def total(n: Expr, y: Expr, x: Expr, _: Expr) -> Expr:
+        first = (n * rows + y * window.sy) * columns + x * window.sx
+        return reduce(
+            operator.add,
+            [
+                pixels[first + ky * window.dy * columns + kx * window.dx]
+                for ky in range(window.kh)
+                for kx in range(window.kw)
+            ],
+        )
+
+    return te.compute((window.n, window.oh, window.ow, 1), total, name="sums")
 
 
 def window_sum(planes: te.Tensor, window: Window, image: Image, groups: int) -> te.Tensor:

@@ -14,8 +14,9 @@ from tvm import te, tirx
 from tvm.s_tir import Schedule
 
 from mpqc import compute, compute_winograd
-from mpqc.compute import Window
+from mpqc.compute import Padded, Window
 from mpqc.graph import TensorType
+from mpqc.packing import PATTERN_BITS
 from mpqc.schedules import (
     conv_cpu,
     pack_script,
@@ -219,6 +220,8 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
     ("bitplane", 256): ((7, 1), (2, 2), (4, 1)),
     ("lut", 512): ((7, 1), (4, 2), (2, 4), (2, 2), (4, 1)),
     ("lut", 256): ((4, 2), (2, 4), (7, 1), (2, 2), (4, 1)),
+    ("patterns", 512): ((2, 4), (4, 2), (1, 8), (1, 4), (2, 2), (4, 1), (7, 1)),
+    ("patterns", 256): ((2, 4), (4, 2), (1, 8), (1, 4), (2, 2), (4, 1), (7, 1)),
     ("half", 512): ((7, 1), (4, 2), (2, 2), (4, 1)),
     ("half", 256): ((4, 2), (2, 4), (7, 1), (2, 2), (4, 1)),
     ("dot", 512): ((7, 2), (4, 2), (8, 2), (2, 4), (7, 1), (5, 2), (3, 4)),
@@ -243,6 +246,7 @@ _WEIGHTS_IN_L1 = 24 << 10  # bytes, which leave room for tables
 _TABLES_IN_L1 = 22 << 10  # bytes, which leave room for weights and sums
 _SLICED = 64 << 10  # bytes of tables and weights of a window, from which on slices are faster
 SLICE = 64  # channels of a slice
+_ROWS_OF_PIXELS = 56  # that share weights: their sums, two bytes each for 128 channels, lie in L1
 _LUT_LANES = 32  # two 256-bit shuffles are as fast as one of 512 bits, and waste fewer channels
 
 
@@ -312,7 +316,8 @@ def lut_tiles(layer: Layer, target: Target) -> list[Tile]:
     """Tiles of the lookup kernel, the default first."""
     lanes = _channel_lanes(layer.out_channels, min(target.vector_bits // 8, _LUT_LANES))
     if not pairs_pixels(layer, target.arch):
-        return _tiles("lut", layer, target, lanes)
+        kind = "patterns" if reads_patterns(layer, target.arch) else "lut"
+        return _tiles(kind, layer, target, lanes)
     blocks, panel = -(-layer.out_channels // lanes), layer.reduction // 4 * lanes
     order = (4, 2, 1) if 2 * panel > _WEIGHTS_IN_L1 else (2, 4, 1)
     return [Tile(2, vectors, lanes) for vectors in order if blocks % vectors == 0]
@@ -383,7 +388,7 @@ def _round_up(value: int, step: int) -> int:
 # microseconds of work.
 WORTH_THREADS = 1 << 18
 MOST_BANDS = 8  # of rows: a thread's part of the image stays in its cache from layer to layer
-BANDED = 256 << 10  # bytes of weights that may be read again for each band
+BANDED = 512 << 10  # bytes of weights that may be read again for each band
 THREADS_SHARE = 32  # rows, at least, of what has no shape of its own
 
 
@@ -495,26 +500,51 @@ def pairs_pixels(layer: Layer, arch: str) -> bool:
     )
 
 
+def reads_patterns(layer: Layer, arch: str) -> bool:
+    """Whether the lookup kernel finds its tables among those of all patterns of four codes.
+
+    They are not made in memory then, and looking one up is a scalar load more for each plane of the
+    weights: with several, tables that slices keep in L1 are faster.
+    """
+    return (
+        arch == "x86_64"
+        and 4 * layer.activation_bits <= PATTERN_BITS
+        and table_script.adds(layer.image[3])
+        and (layer.weight_bits == 1 or _table_slices(layer) == 1)
+    )
+
+
 def lut_slices(layer: Layer, arch: str) -> int:
     """Slices of the channels that the lookup kernel takes one after the other; 1: all at once.
 
     Where a window's tables and the weights of a block overflow L1, rows of the output share what
     is there of both (``lut_rows``).
     """
+    return 1 if arch != "x86_64" or reads_patterns(layer, arch) else _table_slices(layer)
+
+
+def _table_slices(layer: Layer) -> int:
+    """Of tables that lie in memory."""
     w, channels = layer.image[2:]
     whole = channels % SLICE == 0 and table_script.adds(channels)
-    if arch != "x86_64" or not whole or layer.window.kh == 1 or layer.taps > 1:
+    if not whole or layer.window.kh == 1 or layer.taps > 1:
         return 1
-    if pairs_pixels(layer, arch) and layer.run_pixels * SLICE // 4 % compute.NIBBLE_STEPS:
+    if pairs_pixels(layer, "x86_64") and layer.run_pixels * SLICE // 4 % compute.NIBBLE_STEPS:
         return 1
     window = (layer.window.kh * w + _LUT_LANES) * channels // 4 * 16
-    return channels // SLICE if window > _SLICED and lut_rows(layer, 2) > 1 else 1
+    return channels // SLICE if window > _SLICED and _sliced_rows(layer) > 1 else 1
 
 
-def lut_rows(layer: Layer, slices: int) -> int:
+def lut_rows(layer: Layer, arch: str) -> int:
+    """Rows of the output that go through weights and tables together while these lie in L1."""
+    window = layer.window
+    if reads_patterns(layer, arch):
+        return largest_divisor(window.oh, _ROWS_OF_PIXELS // window.ow)
+    return _sliced_rows(layer) if lut_slices(layer, arch) > 1 else 1
+
+
+def _sliced_rows(layer: Layer) -> int:
     """Rows of the output whose tables of one slice lie in L1 together."""
-    if slices == 1:
-        return 1
     window = layer.window
     rows = _TABLES_IN_L1 // (layer.image[2] * SLICE // 4 * 16)
     return largest_divisor(window.oh, max(1, (rows - window.kh) // window.sy + 1))
@@ -549,14 +579,22 @@ def lut_kernel(
 ) -> Kernel:
     """Lookup kernel; ``instruction`` as ``lut_instruction`` names it.
 
-    Arguments: rows, weight [O/B, J, S, KH, taps, run, B] in the order of ``lut_vector``,
-    [correction], [sums], operands; outputs.
+    Arguments: rows, or patterns and the tables of all; weight [O/B, J, S, KH, taps, run, B] in the
+    order of ``lut_vector``, [correction], [sums, of pixels where there are patterns], operands;
+    outputs.
     """
     window, image = layer.window, lut_image(layer)
-    slices = lut_slices(layer, "x86_64" if instruction.startswith("vp") else "")
+    arch = "x86_64" if instruction.startswith("vp") else ""
+    slices, patterns = lut_slices(layer, arch), reads_patterns(layer, arch)
     run = layer.run_pixels * image[3] // slices
     top = 2**layer.activation_bits - 1
-    rows = te.placeholder((prod(image), 16), "uint8", "rows")
+    if patterns:
+        tables = te.placeholder((16 * 2**PATTERN_BITS,), "uint8", "tables")
+        data = [te.placeholder((prod(image),), "uint16", "patterns"), tables]
+        rows = compute.rows_of_patterns(*data)
+    else:
+        rows = te.placeholder((prod(image), 16), "uint8", "rows")
+        data = [rows]
     blocks = -(-layer.out_channels // tile.block)
     weight = te.placeholder(
         (blocks, layer.weight_bits, slices, window.kh, layer.taps, run, tile.block),
@@ -573,18 +611,25 @@ def lut_kernel(
         vector=lut_vector(layer, tile, instruction),
     )  # fmt: skip
     sums = []
-    if layer.odd:
-        sums = [te.placeholder((window.n, window.oh, window.ow, 1), "int32", "sums")]
+    if layer.odd and patterns:
+        height, width = layer.image[1:3]
+        sums = [te.placeholder((window.n * height * width,), "int32", "pixels")]
+        under = [compute.sums_under(sums[0], window, height, width)]
+    elif layer.odd:
+        under = sums = [te.placeholder((window.n, window.oh, window.ow, 1), "int32", "sums")]
+    else:
+        under = []
     correction = _correction(layer)
-    read = _exact(layer, acc, tile.block, *correction or [None], *sums)
+    read = _exact(layer, acc, tile.block, *correction or [None], *under)
     holders, results, names = _stages(layer.out_shape, read, operands, outputs)
     return _kernel(
-        [rows, weight, *correction, *sums, *holders],
+        [*data, weight, *correction, *sums, *holders],
         results,
         lambda sch: conv_cpu.lut_conv(
             sch, tile, layer.out_channels, names, instruction=shuffle, halves=halves,
-            evens=lut_vector(layer, tile, instruction) > 0, rows=lut_rows(layer, slices),
-            bands=_bands(layer, weight, lut_rows(layer, slices)),
+            evens=lut_vector(layer, tile, instruction) > 0, patterns=patterns,
+            summed=patterns and layer.odd, rows=lut_rows(layer, arch),
+            bands=_bands(layer, weight, lut_rows(layer, arch)),
         ),
         instruction,
     )  # fmt: skip
@@ -603,6 +648,16 @@ def expand_kernel(
         return Kernel(func, (kinds[0],), (kinds[1],), "expand")
     codes = te.placeholder((pixels * channels,), "uint8", "codes")
     return _kernel([codes], [compute.expand_rows(codes, channels)], simple_cpu.expand, "expand")
+
+
+def pattern_kernel(layer: Layer, image: Padded, beside: int) -> Kernel:
+    """Codes [N * H * W * C] -> places of the tables of their patterns, and what odd levels need.
+
+    See ``table_script.patterns``.
+    """
+    bits, summed = layer.activation_bits, layer.odd
+    func, kinds = table_script.patterns(image, bits, beside, summed=summed)
+    return Kernel(func, kinds[:1], kinds[1:], "pack")
 
 
 def code_sum_kernel(layer: Layer, arch: str) -> Kernel | None:

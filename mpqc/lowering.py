@@ -20,6 +20,7 @@ import numpy as np
 import tvm_ffi
 
 from mpqc import kernels, winograd
+from mpqc.compute import Padded
 from mpqc.epilogue import Epilogue
 from mpqc.errors import PassError
 from mpqc.graph import Array, Graph, Node, Precision, TensorType
@@ -32,6 +33,7 @@ from mpqc.packing import (
     dot_weights,
     grouped_weights,
     lut_weights,
+    pattern_tables,
     popcount_weights,
 )
 from mpqc.passes.channels_last import SUFFIX, first
@@ -43,6 +45,7 @@ from mpqc.select_kernel import Choice, Selector
 from mpqc.target import Target, llvm_target
 
 TABLES = ".tables"  # behind the name of the codes that they are made of
+SUMS = ".sums"  # behind the name of the patterns whose codes they are of
 
 
 def lower(graph: Graph, target: Target, selector: Selector) -> Program:
@@ -283,6 +286,9 @@ class Lowering:
         else:
             dot = DOTS[choice.variant]
             packed = dot_weights(weight, layer.taps, tile.block, dot.group, dot.weight)
+        if self._reads_patterns(choice):
+            tables = pattern_tables(layer.activation_bits)
+            inputs.append(self._constant(f"tables of {layer.activation_bits}-bit codes", tables))
         inputs.append(self._constant(f"{node.name}.{choice.kind}", packed))
         zero_point, offset = node.int_attr("zero_point", 0), _offset(choice)
         if choice.winograd:
@@ -293,7 +299,9 @@ class Lowering:
             sums = weight.reshape(weight.shape[0], -1).astype(np.int64).sum(axis=1)
             correction = ((offset - zero_point) * sums).astype(np.int32)
             inputs.append(self._constant(f"{node.name}.correction", correction))
-        if choice.kind != "int8" and layer.odd:
+        if self._reads_patterns(choice):
+            inputs += [f"{data}{SUMS}"] if layer.odd else []
+        elif choice.kind != "int8" and layer.odd:
             name = f"{node.name}.sums"
             source, sums = self._sums(data, choice)
             self._call(sums, [source], [name], node.name, "window_sum")
@@ -323,6 +331,8 @@ class Lowering:
         value, layer = node.inputs[0], choice.layer
         shape = choice.source
         bits, zero_point = node.int_attr("activation_bits"), node.int_attr("zero_point", 0)
+        if self._reads_patterns(choice):
+            return self._patterns(node, choice)
         if choice.kind != "bitplane":
             source, dtype = self._value(value), "uint8"
             direct = choice.variant in DOTS and not choice.winograd
@@ -355,6 +365,23 @@ class Lowering:
             )  # fmt: skip
             self._call(kernel, [source], [key], value, "pad")
         return key
+
+    def _reads_patterns(self, choice: Choice) -> bool:
+        lookup = choice.kind == "bitplane-lut"
+        return lookup and kernels.reads_patterns(choice.layer, self.target.arch)
+
+    def _patterns(self, node: Node, choice: Choice) -> str:
+        """Places of the tables of a layer's padded codes."""
+        value, layer = self._value(node.inputs[0]), choice.layer
+        beside = layer.window.sx if choice.variant.endswith(kernels.PAIRS) else 0
+        image = _unpadded(node, choice)
+        border = "_".join(map(str, (*image.pads, image.fill)))
+        name = f"{value}.{layer.activation_bits}_{beside}_{int(layer.odd)}_{border}.patterns"
+        if name not in self.program.buffers:
+            kernel = kernels.pattern_kernel(layer, image, beside)
+            names = [name, f"{name}{SUMS}"][: len(kernel.outputs)]
+            self._call(kernel, [value], names, value, "pack")
+        return name
 
     def _sums(self, data: str, choice: Choice) -> tuple[str, Kernel]:
         """What adds up the codes under each window, and the buffer that it reads."""
@@ -446,6 +473,14 @@ class Spec:
 def _offset(choice: Choice) -> int:
     """What the layer's kernel wants taken from every code."""
     return DOTS[choice.variant].offset if choice.variant in DOTS else 0
+
+
+def _unpadded(node: Node, choice: Choice) -> Padded:
+    """A layer's codes as they lie in memory."""
+    n, height, width, channels = choice.layer.image
+    top, left, bottom, right = choice.pads
+    size = (n, height - top - bottom, width - left - right, channels)
+    return Padded(*size, choice.pads, node.int_attr("zero_point", 0))
 
 
 def layer_record(node: Node, choice: Choice, weight: Array) -> LayerRecord:

@@ -164,3 +164,23 @@ def unpack_elements(packed: Array, bits: int, *, signed: bool = False) -> Array:
     top = 2 ** (bits - 1)
     values: Array = ((codes ^ np.uint8(top)).astype(np.int16) - top).astype(np.int8)
     return values
+
+
+PATTERN_BITS = 8  # of four codes: the tables of all patterns are 4 KiB, which stay in L1
+
+
+def pattern_tables(bits: int) -> Array:
+    """The tables of all patterns of four codes, what ``compute.rows_of_patterns`` looks up.
+
+    Args:
+        bits: of a code, 1 or 2. With one bit, the upper four bits of a pattern are those of the
+            pixel beside it, which counts 16 times: see ``compute.lut_pair_conv``.
+
+    Returns:
+        uint8 [256 * 16]: entry ``b`` of pattern ``p`` is ``sum_t bit_t(b) * code_t(p)``.
+    """
+    patterns = np.arange(2**PATTERN_BITS)[:, None]
+    chosen = np.arange(16)[:, None] >> np.arange(4) & 1  # [entry, code]
+    low = (patterns >> bits * np.arange(4) & 2**bits - 1) @ chosen.T
+    high = (patterns >> 4 + np.arange(4) & 1) @ chosen.T if bits == 1 else 0
+    return np.asarray(low + 16 * high, np.uint8).reshape(-1)

@@ -157,16 +157,22 @@ def lut_conv(
     instruction: str,
     halves: bool = False,
     evens: bool = False,
+    patterns: bool = False,
+    summed: bool = False,
     rows: int = 1,
     bands: int = 1,
 ) -> None:
     """Byte shuffles through a tensor intrinsic; see ``lut_intrinsics``.
 
     ``halves``: the kernel is ``compute.lut_pair_conv``. ``evens``: even bytes of a vector are the
-    first half of its channels. ``rows`` of the output go through each piece of weights and tables
-    while it lies in L1; their 16-bit sums lie there, too.
+    first half of its channels. ``patterns``: tables are looked up among those of all patterns.
+    ``summed``: the epilogue adds the pixels under a window up.
+    ``rows`` of the output go through each piece of weights and tables while it lies in L1; their
+    16-bit sums lie there, too.
     """
     acc, pair, part = (sch.get_sblock(name) for name in ("acc", "pair", "part"))
+    if summed:
+        sch.compute_inline(sch.get_sblock("sums"))
     one_plane = len(sch.get_loops(acc)) == ACC_AXES
     tiles = []
     if one_plane:  # nothing to weigh: the epilogue reads the 16-bit sums
@@ -225,6 +231,10 @@ def lut_conv(
         sch.tensorize(even, register_bytes(tile.lanes))
     if not one_plane:
         sch.decompose_reduction(acc, j)
+    if patterns:
+        gather = sch.get_sblock("rows")
+        sch.compute_at(gather, part_pixel, preserve_unit_loops=True)
+        sch.vectorize(sch.get_loops(gather)[-1])
     covered, abreast = pair_vectors(
         sch, instruction, part_vector, part_lane, tile.vectors, at, f"uint8x{tile.lanes}"
     )

@@ -5,15 +5,17 @@ times as many instructions.
 """
 
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mpqc.compute import Window
+from mpqc.compute import Padded, Window
 from mpqc.graph import TensorType
 from mpqc.schedules.llvm_intrinsics import llvm_intrinsic
 from mpqc.schedules.simple_cpu import SMALL, largest_factor
+
+PatternKernel: TypeAlias = tuple[Any, tuple[TensorType, ...]]
 
 STEP = 16  # codes of a step: four tables, or the bytes that one psadbw adds up
 MOST_LOADS = 64  # of a pixel: they are unrolled
@@ -91,9 +93,133 @@ def expand(
     return expanding, (TensorType("uint8", (codes,)), TensorType("uint8", (codes // 4, 16)))
 
 
+def patterns(image: Padded, bits: int, beside: int = 0, *, summed: bool = False) -> PatternKernel:
+    """Codes -> places of their tables among those of all patterns, a border around them.
+
+    Four codes of ``bits`` are a pattern of a byte; its table is 16 bytes.
+
+    Args:
+        image: of the codes.
+        bits: of a code, 1 or 2.
+        beside: the upper half of a pattern of one bit's codes is that of the pixel so many columns
+            to the right.
+        summed: the sums of the pixels' codes, too.
+
+    Returns:
+        Kernel from uint8 [N * H * W * C] to uint16 [N * rows * columns * C / 4] and, if summed,
+        int32 [N * rows * columns], with the types of its arguments.
+    """
+    channels, columns = image.channels, image.columns
+    tables, inner = channels // 4, image.width * channels
+    left, row = image.pads[1] * tables, columns * tables
+    right = row - left - inner // 4
+    count = image.images * image.rows * row
+    # one product brings the four codes of 32 bits together in the highest byte
+    gather = sum(1 << 24 + t * (bits - 8) for t in range(4))
+    mask = (2 ** (4 * bits) - 1) << 4
+    border = sum(image.fill << t * bits for t in range(4)) << 4
+    paired = beside > 0
+    edge = border + (border << 4 if paired else 0)
+    loop = T.parallel if image.codes >= SMALL else T.serial
+
+    def places(source: Any, start: Any) -> Any:
+        """Of the tables of the codes from ``start`` on."""
+        fours = T.reinterpret(source.vload([start], f"uint8x{STEP}"), dtype="uint32x4")
+        packed = fours * T.broadcast(tirx.const(gather, "uint32"), 4)
+        packed = packed >> T.broadcast(tirx.const(20, "uint32"), 4)
+        return T.Cast("uint16x4", packed & T.broadcast(tirx.const(mask, "uint32"), 4))
+
+    @T.inline
+    def fill(result: Any, start: Any, size: Any, value: Any) -> None:
+        for r in T.serial(size):
+            result[start + r] = value
+
+    @T.inline
+    def place_line(codes: Any, result: Any, line: Any) -> None:
+        if image.inside(line):
+            if paired:
+                own = T.alloc_buffer((row + beside * tables,), "uint16")
+                fill(own, 0, left, T.uint16(border))
+                for step in T.serial(inner // STEP):
+                    start = image.source(line) * channels + step * STEP
+                    own.vstore([left + step * 4], places(codes, start))
+                fill(own, left + inner // 4, right + beside * tables, T.uint16(border))
+                for r in T.serial(row):
+                    result[line * row + r] = own[r] + (own[r + beside * tables] << T.uint16(4))
+            else:
+                fill(result, line * row, left, T.uint16(edge))
+                for step in T.serial(inner // STEP):
+                    start = image.source(line) * channels + step * STEP
+                    result.vstore([line * row + left + step * 4], places(codes, start))
+                fill(result, line * row + left + inner // 4, right, T.uint16(edge))
+        else:
+            fill(result, line * row, row, T.uint16(edge))
+
+    @T.inline
+    def sum_line(codes: Any, sums: Any, line: Any) -> None:
+        if image.inside(line):
+            fill(sums, line * columns, image.pads[1], image.fill * channels)
+            for x in T.serial(image.width):
+                sums[line * columns + image.pads[1] + x] = pixel_sum(
+                    codes, image.source(line) + x, channels
+                )
+            fill(
+                sums,
+                line * columns + image.pads[1] + image.width,
+                image.pads[3],
+                image.fill * channels,
+            )
+        else:
+            fill(sums, line * columns, columns, image.fill * channels)
+
+    @T.prim_func(s_tir=True)
+    def placing(
+        codes: T.Buffer((image.codes,), "uint8"), result: T.Buffer((count,), "uint16")
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        for line in loop(image.images * image.rows):
+            with T.sblock("line"):
+                T.reads()
+                T.writes()
+                place_line(codes, result, line)
+
+    @T.prim_func(s_tir=True)
+    def placing_and_summing(
+        codes: T.Buffer((image.codes,), "uint8"),
+        result: T.Buffer((count,), "uint16"),
+        sums: T.Buffer((count // tables,), "int32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        for line in loop(image.images * image.rows):
+            with T.sblock("line"):
+                T.reads()
+                T.writes()
+                place_line(codes, result, line)
+                sum_line(codes, sums, line)
+
+    kinds = (TensorType("uint8", (image.codes,)), TensorType("uint16", (count,)))
+    if not summed:
+        return placing, kinds
+    return placing_and_summing, (*kinds, TensorType("int32", (count // tables,)))
+
+
 def adds(channels: int) -> bool:
     """Whether ``code_sum`` can."""
     return channels % STEP == 0 and channels <= MOST_LOADS * STEP
+
+
+def pixel_sum(codes: Any, pixel: Any, channels: int) -> Any:
+    """Sum of a pixel's codes, int32."""
+    absolute = llvm_intrinsic("llvm.x86.sse2.psad.bw")
+    zero = T.broadcast(tirx.const(0, "uint8"), STEP)
+    eights = [
+        T.call_llvm_pure_intrin(
+            absolute, codes.vload([pixel * channels + c], "uint8x16"), zero, dtype="uint64x2"
+        )
+        for c in range(0, channels, STEP)
+    ]
+    total = reduce(lambda a, b: a + b, eights)
+    return T.Cast("int32", T.Shuffle([total], [0]) + T.Shuffle([total], [1]))
 
 
 def code_sum(
@@ -106,18 +232,6 @@ def code_sum(
     n, height, width, channels = image
     oh, ow, kh, kw = window.oh, window.ow, window.kh, window.kw
     loop = T.parallel if n * height * width * channels >= SMALL else T.serial
-    absolute = llvm_intrinsic("llvm.x86.sse2.psad.bw")
-
-    def of_pixel(source: Any, pixel: Any) -> Any:
-        zero = T.broadcast(tirx.const(0, "uint8"), STEP)
-        eights = [
-            T.call_llvm_pure_intrin(
-                absolute, source.vload([pixel * channels + c], "uint8x16"), zero, dtype="uint64x2"
-            )
-            for c in range(0, channels, STEP)
-        ]
-        total = reduce(lambda a, b: a + b, eights)
-        return T.Cast("int32", T.Shuffle([total], [0]) + T.Shuffle([total], [1]))
 
     def of_window(pixels: Any, image_: Any, y: Any, x: Any) -> Any:
         line = image_ * height + y * window.sy
@@ -140,7 +254,7 @@ def code_sum(
                 T.reads()
                 T.writes()
                 for x in T.serial(width):
-                    pixels[line * width + x] = of_pixel(codes, line * width + x)
+                    pixels[line * width + x] = pixel_sum(codes, line * width + x, channels)
         for row in loop(n * oh):
             with T.sblock("windows"):
                 T.reads()

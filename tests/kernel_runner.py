@@ -8,7 +8,7 @@ import numpy as np
 import tvm
 
 from mpqc import accumulators, compute, kernels, numerics, packing, winograd
-from mpqc.compute import Window
+from mpqc.compute import Padded, Window
 from mpqc.graph import Array
 from mpqc.kernels import Kernel, Layer, Operand, Output
 from mpqc.schedules.arm_intrinsics import POPCOUNTS
@@ -153,9 +153,12 @@ def _build(case: Case, kind: str, target: Target) -> Built:
         slices = kernels.lut_slices(layer, target.arch)
         n, h, w, channels = layer.image
         beside = layer.window.sx if how.endswith(kernels.PAIRS) else 0
-        made = kernels.expand_kernel(n * h * w, channels, target.arch, beside, slices)
+        if kernels.reads_patterns(layer, target.arch):
+            made = kernels.pattern_kernel(layer, Padded(*layer.image), beside)
+        else:
+            made = kernels.expand_kernel(n * h * w, channels, target.arch, beside, slices)
         tables = compiled(made, target)
-        if layer.odd:
+        if layer.odd and not kernels.reads_patterns(layer, target.arch):
             of_codes = kernels.code_sum_kernel(layer, target.arch)
             sums = compiled(of_codes or kernels.row_sum_kernel(layer), target)
     elif kind == "multiply-add":
@@ -234,7 +237,7 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         packed = packing.lut_weights(
             stored, case.weight_bits, built.taps, built.block, built.vector, built.slices
         )
-        data = np.zeros(built.kernel.inputs[0].shape, np.uint8)
+        data = np.zeros(built.kernel.inputs[0].shape, built.kernel.inputs[0].dtype)
     elif kind.startswith(kernels.WINOGRAD):
         dot = DOTS[kind.removeprefix(kernels.WINOGRAD)]
         packed = winograd.winograd_weights(weight, built.block, dot.group, dot.weight)
@@ -249,9 +252,15 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         offset = dot.offset
         data = (codes.astype(np.int16) - offset).astype(dot.data)
         packed = packing.dot_weights(weight, built.taps, built.block, dot.group, dot.weight)
-    arguments = [tensor(data.reshape(built.kernel.inputs[0].shape)), tensor(packed)]
+    arguments = [tensor(data.reshape(built.kernel.inputs[0].shape))]
+    if data.dtype == np.uint16:
+        arguments.append(tensor(packing.pattern_tables(case.activation_bits)))
+    arguments.append(tensor(packed))
+    pixels = []
     if built.tables is not None:
-        built.tables["main"](tensor(codes.reshape(-1)), arguments[0])
+        if data.dtype == np.uint16 and layer.odd:
+            pixels = [tensor(np.zeros(codes.shape[:3], np.int32).reshape(-1))]
+        built.tables["main"](tensor(codes.reshape(-1)), arguments[0], *pixels)
     if kind.startswith(kernels.WINOGRAD):
         signed = dot.data == "int16"
         places = winograd.correction(weight, case.activation_bits, signed, case.zero_point)
@@ -265,7 +274,7 @@ def run(case: Case, kind: str, target: Target) -> tuple[dict[str, Array], dict[s
         source = tensor(codes.reshape(-1)) if built.sums_of_codes else arguments[0]
         built.sums["main"](source, window_sums)
         arguments.append(window_sums)
-    arguments += [tensor(m), tensor(b)]
+    arguments += [*pixels, tensor(m), tensor(b)]
     results = [tensor(np.zeros(kind.shape, kind.dtype)) for kind in built.kernel.outputs]
     built.library["main"](*arguments, *results)
     names = ("total", "y", "q", "planes")[: len(results)]

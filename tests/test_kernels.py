@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpqc import compute, kernels, packing
-from mpqc.compute import Window
+from mpqc.compute import Padded, Window
 from mpqc.graph import Array
 from mpqc.kernels import Operand, Output
 from mpqc.schedules.dot_intrinsics import DOTS
@@ -237,8 +237,8 @@ def test_two_pixels_share_a_byte(case: Case, target: Target) -> None:
 
 SLICED = [
     Case(Window(1, 7, 7, 3, 3, 1, 1, 1, 1), 512, 40, 1, 2, 2, "signed", 1),
-    Case(Window(2, 4, 12, 3, 3, 1, 1, 1, 1), 256, 32, 1, 1, 1, "odd"),  # pairs of pixels
-    Case(Window(1, 4, 7, 3, 3, 2, 2, 1, 1), 320, 64, 1, 1, 2, "odd", 1),
+    Case(Window(2, 4, 12, 3, 3, 1, 1, 1, 1), 256, 32, 1, 2, 1, "odd"),  # pairs of pixels
+    Case(Window(1, 4, 7, 3, 3, 2, 2, 1, 1), 320, 64, 1, 1, 3, "odd", 1),
     Case(Window(1, 6, 5, 2, 5, 1, 1, 2, 1), 448, 8, 1, 3, 5, "signed"),
     Case(Window(1, 7, 7, 3, 3, 1, 1, 1, 1), 512, 16, 1, 8, 6, "odd", 3),
 ]
@@ -247,11 +247,75 @@ SLICED = [
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
 @pytest.mark.parametrize("case", SLICED, ids=str)
 def test_slices_of_channels_one_after_the_other(case: Case, target: Target) -> None:
-    slices = kernels.lut_slices(case.layer, target.arch)
-    assert slices > 1
-    assert kernels.lut_rows(case.layer, slices) > 1
+    assert not kernels.reads_patterns(case.layer, target.arch)
+    assert kernels.lut_slices(case.layer, target.arch) > 1
+    assert kernels.lut_rows(case.layer, target.arch) > 1
     for extreme in ("", "most", "least"):
         check(replace(case, extreme=extreme), "bitplane-lut", target)
+
+
+PATTERNS = [
+    Case(Window(1, 7, 7, 3, 3, 1, 1, 1, 1), 512, 256, 1, 1, 2, "signed", 1),  # rows share weights
+    Case(Window(1, 7, 7, 3, 3, 1, 1, 1, 1), 32, 40, 1, 1, 1, "odd"),  # odd rows: no pairs
+    Case(Window(2, 4, 12, 3, 3, 1, 1, 1, 1), 256, 32, 1, 1, 1, "odd"),
+    Case(Window(1, 4, 7, 3, 3, 2, 2, 1, 1), 80, 64, 1, 8, 2, "odd", 3),
+    Case(Window(1, 6, 5, 2, 5, 1, 1, 2, 2), 48, 8, 1, 3, 2, "signed", 2),
+]
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize("case", PATTERNS, ids=str)
+def test_tables_of_all_patterns(case: Case, target: Target) -> None:
+    assert kernels.reads_patterns(case.layer, target.arch)
+    for extreme in ("", "most", "least"):
+        check(replace(case, extreme=extreme), "bitplane-lut", target)
+
+
+BORDERED = [  # images, height, width, channels, pads, fill
+    Padded(1, 1, 1, 16),
+    Padded(2, 3, 5, 48, (1, 1, 1, 1)),
+    Padded(1, 4, 2, 32, (0, 2, 3, 1), 1),
+    Padded(2, 40, 9, 64, (3, 0, 0, 2)),
+]
+
+
+def bordered(image: Padded, bits: int) -> tuple[Array, Array]:
+    """Codes as they lie in memory, and with their border."""
+    shape = (image.images, image.height, image.width, image.channels)
+    codes = np.random.default_rng(bits).integers(0, 2**bits, shape).astype(np.uint8)
+    top, left, bottom, right = image.pads
+    edges = [(0, 0), (top, bottom), (left, right), (0, 0)]
+    return codes, np.pad(codes, edges, constant_values=image.fill)
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize("image", BORDERED, ids=str)
+@pytest.mark.parametrize(
+    ("bits", "beside", "levels"), [(1, 0, "odd"), (1, 1, "signed"), (1, 2, "odd"), (2, 0, "odd")]
+)
+def test_patterns_are_places_of_tables(
+    image: Padded, bits: int, beside: int, levels: str, target: Target
+) -> None:
+    codes, padded = bordered(image, bits)
+    layer = Case(Window(1, 1, 1, 1, 1, 1, 1, 1, 1), 16, 16, 1, 1, bits, levels).layer
+    kernel = kernels.pattern_kernel(layer, image, beside)
+    results = [tensor(np.zeros(kind.shape, kind.dtype)) for kind in kernel.outputs]
+    compiled(kernel, target)["main"](tensor(codes.reshape(-1)), *results)
+    for sums in results[1:]:
+        np.testing.assert_array_equal(sums.numpy(), padded.sum(axis=3).reshape(-1))
+    assert len(results) == 1 + (levels == "odd")
+    places = results[0].numpy().reshape(*padded.shape[:3], -1)
+    tables = packing.pattern_tables(bits).reshape(-1, 16)
+    rows = tables[places // 16]
+    chosen = np.arange(16)[:, None] >> np.arange(4) & 1
+    expected = padded.reshape(*rows.shape[:-1], 4) @ chosen.T
+    np.testing.assert_array_equal(places % 16, 0)
+    if not beside:
+        np.testing.assert_array_equal(rows, expected)
+        return
+    inside = slice(0, padded.shape[2] - beside)  # what is beside the last columns means nothing
+    np.testing.assert_array_equal(rows % 16, expected)
+    np.testing.assert_array_equal(rows[:, :, inside] // 16, expected[:, :, beside:])
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
