@@ -29,11 +29,10 @@ from mpqc.errors import BudgetError, MpqcError
 
 METHODS = "uniform,eagl,progressive,alps,dnas,ebs,fracbits"
 REDUCED = {
-    "samples": 3200, "images": 1000, "seeds": "0", "epochs": 1.0, "tune": 1.5, "augment": "flip",
+    "samples": 3200, "seeds": "0", "epochs": 4.0, "tune": 1.5, "augment": "flip",
     "batch_size": 32, "widths": "1,2,3,4", "budgets": "bitops=w2a2,bitops=w3a3",
-    "methods": "uniform,sensitivity,ebs,dnas,fracbits,alps",
-    "option": ["alps.epochs=0.1", "alps.start=1", "dnas.quantizer=lsq", "dnas.share_weights=true",
-               "dnas.samples=0"],
+    "methods": "uniform,sensitivity,ebs,fracbits,alps,dnas",
+    "option": ["alps.epochs=0.1", "alps.start=1", "dnas.share_weights=true", "dnas.samples=0"],
 }  # fmt: skip
 BUDGETS = "bitops=w2a2,bitops=w3a3,bitops=w4a4,size=w2a2,size=w3a3,size=w4a4"
 
@@ -107,6 +106,7 @@ class Point:
         accuracy: after fine-tuning, of the integers; None: no plan fits.
         search_s: seconds of the search, with what was in the cache.
         tune_s: seconds of the fine-tuning.
+        right: which test pictures the integers get right: bits, as hexadecimal digits.
     """
 
     method: str
@@ -118,10 +118,42 @@ class Point:
     accuracy: float | None
     search_s: float
     tune_s: float
+    right: str = ""
+
+
+def verdicts(trainer: Any, module: Any) -> Any:
+    """Whether each held-out picture is told right by the integers, bool [n]."""
+    import torch
+
+    from mpqc.train.loop import find_device, run
+
+    module.eval()
+    device, head = find_device(trainer.device), trainer.objective.head
+    found = []
+    with torch.no_grad():
+        for batch in trainer.held.batches(100):
+            moved = batch.to(device)
+            found.append((run(module, moved)[head].argmax(1) == moved.labels).cpu())
+    return torch.cat(found).numpy()
+
+
+def against(point: Point, other: Point) -> tuple[float, float]:
+    """Difference of accuracies and its standard error, from the same pictures, in percent."""
+    import numpy as np
+
+    one, two = (
+        np.unpackbits(np.frombuffer(bytes.fromhex(p.right), np.uint8)).astype(float)
+        for p in (point, other)
+    )
+    share = (point.accuracy or 0.0) - (other.accuracy or 0.0)
+    count = max(1.0, round(one.sum() / point.accuracy)) if point.accuracy else float(len(one))
+    return 100 * share, 100 * float(np.sqrt(np.square(one - two).sum())) / count
 
 
 def measure(setting: Setting, task: Task) -> Point:
     """Search, fine-tune, judge."""
+    import numpy as np
+
     from mpqc.cli_finetune import parse_augment
     from mpqc.search import precisions, search_plan
     from mpqc.train.loop import Recipe
@@ -162,14 +194,16 @@ def measure(setting: Setting, task: Task) -> Point:
     widths = precisions(found.plan)
     tuner = trainer(setting.tune, judge=True)
     network = tuner.network(tuner.plan(widths))
-    before = tuner.measure(network)
-    tuner.fit(network, setting.tune)
-    after = tuner.measure(network)
+    before = verdicts(tuner, network)
+    blind = replace(tuner, held=replace(tuner.held, chosen=tuner.held.chosen[:0]))
+    blind.fit(network, setting.tune)
+    after = verdicts(tuner, network)
     (limit,) = found.problem.budgets.values()
     return Point(
         task.method, task.budget, task.seed, found.problem.total(widths) | {"limit": limit},
-        tuple(map(str, widths.values())), before, after,
+        tuple(map(str, widths.values())), float(before.mean()), float(after.mean()),
         round(searched - start, 1), round(time.perf_counter() - searched, 1),
+        np.packbits(after).tobytes().hex(),
     )  # fmt: skip
 
 
@@ -194,21 +228,33 @@ def table(points: Sequence[Point]) -> str:
         here = [p for p in points if (p.method, p.budget) == (method, budget)]
         good = [p for p in here if p.accuracy is not None]
         if not good:
-            rows.append([method, budget, "no plan fits", "", "", "", "", ""])
+            rows.append([method, budget, "no plan fits", "", "", "", "", "", ""])
             continue
         untrained = statistics.fmean(100 * (p.before or 0) for p in good)
         found = [100 * (p.accuracy or 0) for p in good]
         spread = f" ± {statistics.stdev(found):.1f}" if len(good) > 1 else ""
         rows.append([
-            method, budget, f"{statistics.fmean(found):.1f}{spread}", f"{untrained:.1f}",
+            method, budget, f"{statistics.fmean(found):.1f}{spread}",
+            _beside(good, points), f"{untrained:.1f}",
             f"{statistics.fmean(p.cost['bitops'] for p in good) / 1e6:.0f}",
             f"{statistics.fmean(p.cost['size'] for p in good) / 1e3:.1f}",
             f"{statistics.fmean(p.search_s for p in good):.0f}",
             f"{statistics.fmean(p.tune_s for p in good):.0f}",
         ])  # fmt: skip
-    head = ["method", "budget", "top-1 [%]", "untrained [%]", "MBitOPs", "weights [kB]",
-            "search [s]", "fine-tuning [s]"]  # fmt: skip
+    head = ["method", "budget", "top-1 [%]", "over uniform", "untrained [%]", "MBitOPs",
+            "weights [kB]", "search [s]", "fine-tuning [s]"]  # fmt: skip
     return report.table(head, rows)
+
+
+def _beside(good: Sequence[Point], points: Sequence[Point]) -> str:
+    """Mean difference from the uniform plan of equal seeds and budget, and its standard error."""
+    same = {(p.budget, p.seed): p for p in points if p.method == "uniform" and p.right}
+    pairs = [(p, same[p.budget, p.seed]) for p in good if p.right and (p.budget, p.seed) in same]
+    if not pairs or good[0].method == "uniform":
+        return ""
+    found = [against(p, other) for p, other in pairs]
+    error = (statistics.fmean(e * e for _, e in found) / len(found)) ** 0.5
+    return f"{statistics.fmean(d for d, _ in found):+.1f} ± {error:.1f}"
 
 
 def plot(points: Sequence[Point], title: str, path: Path) -> None:
@@ -273,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.reduced:
         note += (
             f", REDUCED: {given.samples} training samples in batches of {given.batch_size}, "
-            f"{given.images} test pictures, {given.epochs:g} epochs of search, widths "
+            f"{given.images or 'all'} test pictures, {given.epochs:g} epochs of search, widths "
             f"{given.widths}" + "".join(f", {option}" for option in given.option or ())
         )
     text = f"{note}\n\n{table(points)}"

@@ -10,7 +10,7 @@ from mpqc.search.eagl import equal_widths
 from mpqc.search.problem import Problem
 from mpqc.search.scores import Scores
 
-Metric = Literal["val_acc", "train_acc", "train_loss"]
+Metric = Literal["val_loss", "val_acc", "train_acc", "train_loss"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Alps(ScoreSearch):
         epochs: of each trial.
         start: epochs of the network at the widest candidates, from which all trials start; 0: as
             many as ``--epochs`` says.
-        metric: whose loss is a group's gain: held-out accuracy, or accuracy or loss in training.
+        metric: that a group's narrowing makes worse: the loss of training on held-out samples,
+            accuracy there, or accuracy or loss in training.
     """
 
     needs = frozenset({"trainer"})
@@ -29,7 +30,7 @@ class Alps(ScoreSearch):
 
     epochs: float = 1.0
     start: float = 0.0
-    metric: Metric = "val_acc"
+    metric: Metric = "val_loss"
 
     def __post_init__(self) -> None:
         if not (self.epochs > 0 and self.start >= 0):
@@ -48,10 +49,11 @@ class Alps(ScoreSearch):
         from mpqc.train.search.alps import measure
 
         reference, found = measure(problem, self, levels)
-        worse = 1.0 if self.metric == "train_loss" else -1.0
+        loss = self.metric.endswith("loss")
+        worse = 1.0 if loss else -1.0
         drops = with_ties({t: max(0.0, worse * (v - reference)) for t, v in found.items()})
-        unit = "loss" if self.metric == "train_loss" else "accuracy"
-        return Scores(losses_of(problem, levels, drops), f"{unit} lost in {self.epochs:g} epochs")
+        unit = "loss gained" if loss else "accuracy lost"
+        return Scores(losses_of(problem, levels, drops), f"{unit} in {self.epochs:g} epochs")
 
 
 def with_ties(drops: "dict[Trial, float]") -> "dict[Trial, float]":

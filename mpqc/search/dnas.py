@@ -29,7 +29,8 @@ class Dnas(TrainedSearch):
         weights_share: of the samples for the weights; the rest is for the logits.
         samples: architectures drawn at the end, beside the most probable one; the best is kept.
         short: epochs of training after which drawn architectures are compared.
-        quantizer: ``dorefa``: DoReFa weights and PACT inputs; ``lsq``: learned steps.
+        quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
+            and PACT inputs.
     """
 
     widths = ("w1a4", "w2a2", "w2a4", "w3a3", "w4a4", "w8a8")
@@ -47,7 +48,7 @@ class Dnas(TrainedSearch):
     weights_share: float = 0.8
     samples: int = 3
     short: float = 1.0
-    quantizer: Literal["dorefa", "lsq"] = "dorefa"
+    quantizer: Literal["dorefa", "lsq"] = "lsq"
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and 0 <= self.warmup < 1 and 0 < self.weights_share < 1):

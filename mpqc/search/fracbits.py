@@ -37,29 +37,34 @@ class FracBits(TrainedSearch):
     Attributes:
         granularity: of weight widths: one a ``layer``, or one an output channel (``kernel``).
         prune: let channels go down to width 0, which removes them; wants ``kernel``.
-        price: weight of |cost / budget - 1| in the loss.
+        price: weight of |cost / budget - 1|, rounded off at zero, in the loss.
         start: bits above the uniform width that just keeps the budgets, where widths start.
         width_lr: learning rate of the widths; 0: 0.01 bits a step, or more where the search is
             short.
         warmup: share of the epochs in which only weights learn.
-        quantizer: ``dorefa``: DoReFa weights and PACT inputs; ``lsq``: learned steps.
+        samples: plans drawn around the learned one; of all of them, the uniform one among them,
+            the best on held-out samples is kept, without training. 0: the learned one. Widths of
+            channels follow the learned one.
+        quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
+            and PACT inputs.
     """
 
     widths = (1, 2, 3, 4, 5, 6, 7, 8)
 
     granularity: Literal["layer", "kernel"] = "layer"
     prune: bool = False
-    price: float = 5.0
+    price: float = 10.0
     start: float = 0.5
     width_lr: float = 0.0
     warmup: float = 0.1
-    quantizer: Literal["dorefa", "lsq"] = "dorefa"
+    samples: int = 8
+    quantizer: Literal["dorefa", "lsq"] = "lsq"
 
     def __post_init__(self) -> None:
         if not (self.price >= 0 and self.width_lr >= 0 and abs(self.start) <= 8):
             raise UsageError("fracbits: price and width_lr are not negative, start is in bits")
-        if not 0 <= self.warmup < 1:
-            raise UsageError("fracbits: warmup is a share, below 1")
+        if not (0 <= self.warmup < 1 and self.samples >= 0):
+            raise UsageError("fracbits: warmup is a share, below 1, samples not negative")
         if self.prune and self.granularity != "kernel":
             raise UsageError("fracbits: prune removes output channels: it wants granularity=kernel")
 
@@ -69,6 +74,11 @@ class FracBits(TrainedSearch):
         return learned(problem, self)
 
     def plan(self, problem: Problem, scores: Scores) -> Plan:
+        if self.granularity == "layer" and self.samples:
+            from mpqc.train.search.pick import drawn, picked
+
+            plans = drawn(problem, scores.losses, self.samples)
+            return problem.plan(picked(problem, self, plans), self.name())
         start = repair(problem, scores.losses)
         if self.granularity == "layer" or not isinstance(scores, FracScores):
             return problem.plan(start, self.name())

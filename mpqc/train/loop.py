@@ -186,6 +186,10 @@ class Teacher:
             numbers = torch.from_numpy(batch.numbers)
             device = _device_of(self._module)
             return {name: tensor[numbers].to(device) for name, tensor in self._known.items()}
+        return self.anew(batch)
+
+    def anew(self, batch: Batch) -> dict[str, Tensor]:
+        """Computed now: for samples that are not of the set whose outputs are known."""
         with torch.no_grad():
             return run(self._module, batch)
 
@@ -484,7 +488,7 @@ def evaluate(
     with torch.no_grad():
         for batch in data.batches(size):
             moved = batch.to(device)
-            targets = None if teacher is None else teacher(moved)
+            targets = None if teacher is None else teacher.anew(moved)
             score.add(run(module, moved), targets, moved.labels)
     return score.value
 

@@ -20,7 +20,7 @@ from mpqc.train import DoReFaWeights, GraphModule, QuantizedLayer
 from mpqc.train.loop import TrainingDiverged
 from mpqc.train.search import base
 from mpqc.train.search.base import Ground
-from mpqc.train.search.costs import CostTables, Space, joint
+from mpqc.train.search.costs import CORNER, CostTables, Space, joint, rounded
 from mpqc.train.search.ebs import EbsRelaxation
 from mpqc.train.search.loop import Schedule
 from mpqc.train.search.mixed_layer import gumbel_softmax
@@ -110,10 +110,21 @@ def test_expected_cost_is_bilinear() -> None:
         for w in (one, other, 0.25 * one + 0.75 * other)
     ]
     assert costs[2] == pytest.approx(0.25 * costs[0] + 0.75 * costs[1])
-    over = sum(
+    parts = [
         max(0.0, c / b - 1) for c, b in zip((bitops, size), given.budgets.values(), strict=True)
-    )
+    ]
+    over = sum(x - CORNER / 2 if x > CORNER else x * x / (2 * CORNER) for x in parts)
     assert float(tables.excess(shares(point))) == pytest.approx(over, rel=1e-5)
+
+
+def test_the_price_rises_from_nothing_at_the_budget() -> None:
+    x = torch.tensor([0.0, 0.5 * CORNER, CORNER, 3 * CORNER, -CORNER], requires_grad=True)
+    y = rounded(x)
+    expected = [0.0, CORNER / 8, CORNER / 2, 2.5 * CORNER, CORNER / 2]
+    torch.testing.assert_close(y.detach(), torch.tensor(expected))
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([0.0, 0.5, 1.0, 1.0, -1.0]))
 
 
 def test_one_hot_cost_is_that_of_the_plan() -> None:
@@ -162,9 +173,44 @@ def test_stochastic_strengths_are_drawn_anew_and_end_cold() -> None:
     with torch.no_grad():
         for _ in range(5):
             mixed.draw(1.0)
-    certain = relaxed(Ebs())
+    certain = relaxed(Ebs(start="even"))
     certain.draw(0.0)
     assert torch.allclose(certain.weights.shares["main"], torch.full((4,), 0.25))
+
+
+@pytest.mark.parametrize("budget", ["bitops=w3a3", "bitops=w4a4,size=w3a3"])
+def test_starts_at_the_budget(budget: str) -> None:
+    mixed = relaxed(budget=budget)
+    costs = mixed._ground.costs
+    shares = {name: share.detach() for name, share in mixed.shares().items()}
+    spent = [float(costs.expected(shares, n)) / b for n, b in costs.budgets.items()]
+    assert max(spent) == pytest.approx(1.0, abs=1e-3)
+    logits = mixed.weights.logits["main"].detach()  # candidates 2, 3, 4, 8
+    torch.testing.assert_close(logits.diff(), (logits[1] - logits[0]) * torch.tensor([1.0, 1, 4]))
+
+
+def test_losses_are_those_of_single_widths() -> None:
+    """Shares at rest under a quadratic loss give back half the differences of errors' powers."""
+    mixed = relaxed(budget="bitops=w3a3")
+    hook = next(name for name, row in mixed._ground.space.weights.items() if len(row) == 4)
+    with torch.no_grad():
+        for part in (mixed.weights, mixed.inputs):
+            for logits in part.logits.values():
+                logits.copy_(torch.linspace(0.3, -0.3, len(logits)) if len(logits) > 1 else logits)
+        mixed.draw(0.0)
+    shares = mixed.weights.shares[hook].detach().requires_grad_()
+    mixed.weights.shares[hook] = shares
+    (budget,) = mixed._ground.costs.budgets.values()
+    (mixed._ground.costs.expected(mixed.shares(), "bitops") / budget).backward()
+    assert shares.grad is not None
+    below = shares.detach().cumsum(0)[:-1]
+    powers = shares.grad.diff() / below  # D_i, for which these shares are at rest
+    row = mixed.losses()[hook]
+    same = sorted((p for p in row if p.activation == 2), key=lambda p: p.weight)
+    lost = torch.tensor([row[p] for p in same]).diff()
+    torch.testing.assert_close(lost.float(), -powers.float() / 2, rtol=1e-4, atol=0.0)
+    likeliest = relaxed(Ebs(choice="likeliest"), budget="bitops=w3a3").losses()[hook]
+    assert likeliest != row
 
 
 def test_strengths_go_where_the_objective_falls() -> None:
@@ -269,7 +315,7 @@ def test_options_out_of_range(options: dict[str, float]) -> None:
 
 def test_meta_weights_and_quantizers_are_trained() -> None:
     given = problem()
-    method = Ebs()
+    method = Ebs(quantizer="dorefa")
     seen: list[EbsRelaxation] = []
 
     def make(ground: Ground) -> EbsRelaxation:

@@ -23,7 +23,7 @@ from mpqc.train import GraphModule, QuantizedLayer
 from mpqc.train.loop import TrainingDiverged
 from mpqc.train.search import base
 from mpqc.train.search.base import Ground
-from mpqc.train.search.fracbits import FracRelaxation, Fraction, shares_of
+from mpqc.train.search.fracbits import FracRelaxation, Fraction, lost, shares_of
 from tests.train.contract import toy_trainer
 
 KERNEL = {"granularity": "kernel"}
@@ -83,7 +83,18 @@ def test_derivative_is_the_difference_of_neighbours(method: FracBits, quantizer:
         torch.testing.assert_close(hook.width.value.grad, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, KERNEL, {"quantizer": "lsq"}])
+def test_losses_of_a_mixture_fall_by_the_price_of_a_bit() -> None:
+    fraction = Fraction((2, 3, 4, 8), 1, torch.device("cpu"))
+    fraction.set(3.5)
+    found = lost(fraction, 0.2)
+    assert found[3] - found[4] == pytest.approx(0.2)  # half way the two cost the same
+    assert found[2] - found[3] == pytest.approx(0.8)
+    assert found[8] == 0
+    assert found[4] == pytest.approx(0.2 / 3, rel=0.01)
+    assert lost(Fraction((8,), 1, torch.device("cpu")), 0.2) == {8: 0.0}
+
+
+@pytest.mark.parametrize("options", [{}, KERNEL, {"quantizer": "dorefa"}])
 def test_whole_widths_are_the_plain_quantizers(options: dict[str, str]) -> None:
     mixed = relaxed(made(options))
     plain = GraphModule(mixed.module.graph)

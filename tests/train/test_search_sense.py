@@ -40,8 +40,8 @@ return %y
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("ebs", {"quantizer": "lsq", "price": "0.5"}),
-        ("ebs", {"quantizer": "lsq", "strengths": "stochastic", "price": "0.5"}),
+        ("ebs", {"price": "0.5", "choice": "likeliest"}),
+        ("ebs", {"strengths": "stochastic", "price": "0.5", "choice": "likeliest"}),
         ("dnas", {"quantizer": "lsq", "weights_share": "0.5"}),
     ],
 )

@@ -14,6 +14,7 @@ from mpqc.train import checkpoint
 from mpqc.train.loop import Training, TrainingDiverged, seeded
 from mpqc.train.module import GraphModule
 from mpqc.train.search.base import fingerprint_data, fingerprint_model, open_trainer
+from mpqc.train.search.pick import held_loss
 from mpqc.train.trainer import PlanTrainer
 
 EVERY = 60.0  # seconds between checkpoints
@@ -43,6 +44,8 @@ def trial(bench: Bench, widths: Mapping[str, Precision]) -> float:
     work = trainer.fit(module, bench.epochs, teacher)
     if bench.metric == "val_acc":
         return trainer.measure(module, teacher)
+    if bench.metric == "val_loss":
+        return held_loss(trainer, module, teacher)
     last = work.history[-1]
     return last.training if bench.metric == "train_acc" else last.loss
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from mpqc.graph import Precision
 from mpqc.search.problem import Problem
 
+CORNER = 0.1  # of a budget, within which its price rises
+
 
 @dataclass(frozen=True, eq=False)
 class Space:
@@ -78,12 +80,22 @@ class CostTables:
         return torch.stack(parts).sum() + self._fixed[objective]
 
     def excess(self, shares: Mapping[str, Tensor]) -> Tensor:
-        """``sum over budgets of max(0, E[cost] / budget - 1)``, a float32 scalar."""
+        """``sum over budgets of max(0, E[cost] / budget - 1)``, rounded off, a float32 scalar."""
         over = [
-            torch.relu(self.expected(shares, name) / limit - 1)
+            rounded(torch.relu(self.expected(shares, name) / limit - 1))
             for name, limit in self.budgets.items()
         ]
         return torch.stack(over).sum().float() if over else torch.zeros(())
+
+
+def rounded(excess: Tensor) -> Tensor:
+    """``|excess|`` with a parabola at zero in place of its corner.
+
+    At a corner the price is all or nothing from step to step, and drowns what strengths should
+    learn from the task; so it comes to rest where it is worth as much as the task's loss.
+    """
+    size = excess.abs()
+    return torch.where(size < CORNER, excess.square() / (2 * CORNER), size - CORNER / 2)
 
 
 def joint(weights: Tensor, inputs: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from mpqc.train.fake_quant import InputQuantizer, WeightQuantizer
 from mpqc.train.module import LayerHook, Product
 from mpqc.train.quantized_layer import Quantizers
 from mpqc.train.search.base import Ground, learn, open_trainer, place
-from mpqc.train.search.costs import joint
+from mpqc.train.search.costs import joint, rounded
 from mpqc.train.search.loop import Relaxation, Schedule
 from mpqc.train.search.mixed_layer import input_quantizers
 
+LEAST_REST = 0.25  # on the way to the next candidate, where losses follow from it
 LEAST_PRICE = 1e-3  # of a bit, relative to the dearest: free bits have to be comparable too
 
 
@@ -39,7 +40,7 @@ def learned(problem: Problem, method: FracBits) -> Scores:
         with contextlib.suppress(OSError):  # a process may die between the two files
             path.with_suffix(".jsonl").unlink()
     schedule = Schedule("both", warmup=method.warmup, lr=method.width_lr or None)
-    scores = learn(problem, method, make, schedule, "squared change of width, in shares of budgets")
+    scores = learn(problem, method, make, schedule, "loss, in shares of budgets")
     if made:
         state: dict[str, Any] = made[0].widths()
         if beside is not None:
@@ -117,6 +118,30 @@ class Fraction:
         below = neighbours(self.value, self.ladder)[0].detach()
         near = torch.cat([below, (below + 1).clamp(max=len(self.ladder) - 1)])
         self.used = tuple(sorted(set(near.tolist())))
+
+
+def lost(fraction: Fraction, price: float) -> dict[int, float]:
+    """Loss of each candidate, in shares of the budgets, where widths have come to rest.
+
+    Between candidates b and b' the coarser quantizer's error counts (1 - f)-fold, and errors of
+    the finer one are hardly correlated with the rest of it: so the loss falls by
+    D (1 - f) / (b' - b) a bit, D the difference of the errors' powers. At rest that is the price
+    of a bit. One width instead of the other gains half of D, and the powers fall as 4^-b over all
+    candidates.
+
+    Args:
+        fraction: learned width, or one a channel, whose mean loss counts.
+        price: of a bit, in shares of the budgets.
+    """
+    ladder = fraction.ladder
+    if len(ladder) == 1:
+        return {ladder[0]: 0.0}
+    below, way = neighbours(fraction.value.detach().double(), ladder)
+    steps = torch.tensor(ladder, dtype=way.dtype, device=way.device)
+    noise = 4.0**-steps
+    power = price * (steps[below + 1] - steps[below]) / (1 - way).clamp_min(LEAST_REST)
+    each = float((power / (noise[below] - noise[below + 1])).mean())
+    return {b: each * (4.0**-b - 4.0 ** -ladder[-1]) / 2 for b in ladder}
 
 
 class FracInput(nn.Module):
@@ -240,28 +265,24 @@ class FracRelaxation(Relaxation):
         return torch.stack(parts).max() if parts else torch.ones(())
 
     def objective(self, loss: Tensor) -> Tensor:
-        return loss + self._method.price * (self.dearest() - 1).abs().float()
+        return loss + self._method.price * rounded(self.dearest() - 1).float()
 
     def losses(self) -> Losses:
-        """Squared distance to the learned width, in bits, times what a bit costs there.
-
-        Where training has come to rest, a bit more or less changes the task's loss as much as it
-        changes the price of the budgets: so costs weigh distances.
-        """
+        """What each width loses, from where widths came to rest; see ``lost``."""
         space, problem = self._ground.space, self._ground.problem
         weights, inputs = self._prices()
         sizes: dict[str, dict[str, int]] = {"weight": {}, "input": {}}
         for name in problem.choices:
             for kind, key in (("weight", space.weight_key), ("input", space.input_key)):
                 sizes[kind][key[name]] = sizes[kind].get(key[name], 0) + 1
+        own = {key: lost(part, weights[key]) for key, part in self.weights.items()}
+        shared = {key: lost(part, inputs[key]) for key, part in self.inputs.items()}
         found: dict[str, dict[Precision, float]] = {}
         for name, row in problem.choices.items():
-            own, shared = space.weight_key[name], space.input_key[name]
-            wide = self.weights[own].value.detach().double()
-            data = float(self.inputs[shared].value.detach())
+            first, group = space.weight_key[name], space.input_key[name]
             found[name] = {
-                p: weights[own] * float((wide - p.weight).square().mean()) / sizes["weight"][own]
-                + inputs[shared] * (data - p.activation) ** 2 / sizes["input"][shared]
+                p: own[first][p.weight] / sizes["weight"][first]
+                + shared[group][p.activation] / sizes["input"][group]
                 for p in row
             }
         return found

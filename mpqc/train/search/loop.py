@@ -76,8 +76,9 @@ class Schedule:
             own; ``epoch``: likewise by epochs; ``both``: all learn from the same batches.
         weights_share: of the samples for the weights, where strengths have their own.
         warmup: share of the epochs in which only weights learn.
-        lr: of the strengths; None: 0.01, or 4 over their number of steps where that is more, so
-            that a short search can move a logit of Adam's by 4.
+        lr: of the strengths at first; it falls as a cosine to zero, so that they come to rest.
+            None: 0.02, or 8 over their number of steps where that is more, so that a short search
+            can move a logit of Adam's by 4.
         optimizer: of the strengths; SGD has a momentum of 0.9.
         weight_decay: of the strengths.
     """
@@ -147,8 +148,12 @@ class SearchLoop:
             else torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
         )
         steps = sum(turn.kind != "weights" for turn in self._turns)
-        rate = max(LEAST_RATE, REACH / max(1, steps)) if schedule.lr is None else schedule.lr
+        rate = 2 * max(LEAST_RATE, REACH / max(1, steps)) if schedule.lr is None else schedule.lr
         kind = {"lr": rate, "weight_decay": schedule.weight_decay}
+        self._rate, self._first = (
+            rate,
+            min((i for i, turn in enumerate(self._turns) if turn.kind != "weights"), default=0),
+        )
         self._learner: Any = (
             torch.optim.Adam(self._strengths, **kind)
             if schedule.optimizer == "adam"
@@ -229,6 +234,9 @@ class SearchLoop:
         rate = recipe.rate(self.turn, len(self._turns))
         for group in self._weights.param_groups:
             group["lr"] = group["base"] * rate
+        done = (self.turn - self._first) / max(1, len(self._turns) - self._first)
+        for group in self._learner.param_groups:
+            group["lr"] = self._rate * 0.5 * (1 + math.cos(math.pi * max(0.0, done)))
         module.train()
         self._method.learning = turn.kind != "weights"
         self._method.draw(turn.epoch)
