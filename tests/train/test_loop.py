@@ -1,6 +1,7 @@
 """Training: it learns, resumes to the bit, and stops in a state that can be used."""
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def test_distillation_brings_the_network_to_its_teacher() -> None:
     assert [record.epoch for record in history] == list(range(1, 16))
     assert history[-1].validation is not None
     assert distance(work) < 0.5 * before
+
+
+def test_known_outputs_are_of_the_training_samples_only() -> None:
+    """Without labels, held-out samples are judged by the float model, not by rows it never made."""
+    work = training()
+    exact = GraphModule(work.module.graph)
+    unlabelled = replace(work.validation, labels=None)
+    knowing = Teacher(exact, work.training, 4)
+    assert evaluate(exact, unlabelled, work.objective, knowing) == 1.0
+    (batch,) = unlabelled.batches(len(unlabelled))
+    for name, values in Teacher(exact).anew(batch).items():
+        assert torch.equal(knowing.anew(batch)[name], values)
+        assert not torch.equal(knowing(batch)[name], values)
 
 
 @pytest.mark.parametrize("stop", [1, 7, 10])
