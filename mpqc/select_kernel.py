@@ -25,6 +25,7 @@ from mpqc.kernels import (
     lut_tiles,
     pairs_pixels,
     popcount_instruction,
+    reads_patterns,
     winograd_layer,
     winograd_tiles,
 )
@@ -376,6 +377,7 @@ _INT8 = {
 
 _SHUFFLE = {256: 178.0, 128: 89.0}  # products a cycle of vpshufb + vpaddb for one weight plane
 _PAIRED = 1.2  # times that when a byte sums two pixels
+_TABLE, _PLACE = 2.5, 0.5  # cycles that a table takes in memory, and its place among all
 _SLICED = 1.07  # times that when rows of the output share tables and weights in L1
 MOST_LUT_BITS = 6
 WORTH_HALVES = 4  # steps of int16 sums that pay for the widening
@@ -450,7 +452,9 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     filled = layer.out_channels / (-(-layer.out_channels // lanes) * lanes)
     rate *= used * max(filled, 1 / lanes)
     taps = layer.window.kh * layer.window.kw / (layer.window.sy * layer.window.sx)
-    making = _core(target).table if arm else 2.5
+    making = (
+        _core(target).table if arm else _PLACE if reads_patterns(layer, target.arch) else _TABLE
+    )
     table = making / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
     rate = 1 / (1 / rate + table)
     return (
