@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -15,8 +16,8 @@ help: ## list the targets
 demo: $(VENV)/.run ## compile the embedded model, verify it, compare bitwidths (under 3 minutes)
 	$(BIN)/mpqc demo $(ARGS)
 
-test: lint ## lint, types and the default tests (slow ones: make test ARGS='-m slow')
-	$(BIN)/python -m pytest $(ARGS)
+test: lint ## lint, types and the default tests, in two processes (slow: make test ARGS='-m slow')
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
