@@ -21,7 +21,17 @@ def repair(problem: Problem, losses: Losses) -> dict[str, Precision]:
     Raises:
         BudgetError: nothing keeps the budgets; names the cheapest assignment.
     """
-    widths = solve(problem, losses)
+    return filled(problem, losses, solve(problem, losses))
+
+
+def filled(problem: Problem, losses: Losses, widths: dict[str, Precision]) -> dict[str, Precision]:
+    """An assignment that keeps the budgets, raised wherever it still fits.
+
+    Args:
+        problem: layers, groups, ties, costs, budgets.
+        losses: which precisions there are, and what they lose.
+        widths: to start with.
+    """
     while True:
         steps = [wider for wider in _raised(problem, losses, widths) if problem.fits(wider)]
         if not steps:

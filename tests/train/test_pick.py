@@ -13,7 +13,7 @@ from mpqc.graph import Precision
 from mpqc.search import precisions
 from mpqc.search.ebs import Ebs
 from mpqc.search.problem import Problem
-from mpqc.search.repair import repair
+from mpqc.search.repair import filled, repair
 from mpqc.search.solve import Losses
 from mpqc.search.testing import toy_problem
 from mpqc.search.uniform import Uniform
@@ -41,7 +41,7 @@ def test_drawn_plans_differ_and_keep_the_budgets() -> None:
     asked = problem()
     plans = drawn(asked, losses(asked), 6)
     assert plans[0] == repair(asked, losses(asked))
-    assert precisions(Uniform()(asked)) in plans
+    assert filled(asked, losses(asked), precisions(Uniform()(asked))) in plans
     assert 2 < len(plans) <= 8
     assert all(asked.problems(plan) == [] for plan in plans)
     assert all(plan not in plans[:number] for number, plan in enumerate(plans))

@@ -37,7 +37,7 @@ def test_ebs(app: typer.Typer, demo: tuple[Path, Path, Path], tmp_path: Path) ->
     assert plan.search is not None
     assert plan.search.method == "ebs"
     assert plan.search.cost["bitops"] <= plan.search.budget["bitops"]
-    assert "strength" in (tmp_path / "scores.csv").read_text()
+    assert "loss, in shares of budgets" in (tmp_path / "scores.csv").read_text()
     again = search(app, demo, tmp_path, "--method", "ebs", "--option", "strengths=stochastic")
     assert again == plan
 

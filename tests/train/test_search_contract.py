@@ -10,14 +10,17 @@ from tests.train.contract import TrainedContract
 
 class TestEbs(TrainedContract):
     method = "ebs"
+    options = {"samples": "1"}  # noqa: RUF012
 
 
 class TestEbsStochastic(TrainedContract):
     method = "ebs"
     options = {  # noqa: RUF012
         "strengths": "stochastic",
-        "level": "one",
-        "quantizer": "lsq",
+        "choice": "likeliest",
+        "level": "two",
+        "quantizer": "dorefa",
+        "samples": "0",
         "warmup": "0",
     }
 
@@ -46,7 +49,7 @@ class TestAlps(TrainedContract):
 
 class TestFracBits(TrainedContract):
     method = "fracbits"
-    options = {"warmup": "0", "quantizer": "lsq"}  # noqa: RUF012
+    options = {"warmup": "0", "samples": "0"}  # noqa: RUF012
 
 
 TRAINING = [name for name in base.BUILT_IN if "trainer" in load(name).needs]

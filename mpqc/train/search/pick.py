@@ -11,7 +11,7 @@ from mpqc.errors import BudgetError, UsageError
 from mpqc.graph import Precision
 from mpqc.search.cache import Ledger
 from mpqc.search.problem import Problem
-from mpqc.search.repair import repair
+from mpqc.search.repair import filled, repair
 from mpqc.search.solve import Losses
 from mpqc.search.trained import TrainedSearch
 from mpqc.train.loop import Teacher, find_device, run
@@ -57,7 +57,7 @@ def drawn(problem: Problem, losses: Losses, count: int) -> list[dict[str, Precis
     """
     plans = [repair(problem, losses)]
     if even := _uniform(problem):
-        plans.append(even)
+        plans.append(filled(problem, losses, even))
     rng = np.random.default_rng([problem.seed, 6])
     for _ in range(count):
         factors: list[dict[str, float]] = []
