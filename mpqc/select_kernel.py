@@ -378,6 +378,7 @@ _INT8 = {
 _SHUFFLE = {256: 178.0, 128: 89.0}  # products a cycle of vpshufb + vpaddb for one weight plane
 _PAIRED = 1.2  # times that when a byte sums two pixels
 _TABLE, _PLACE = 2.5, 0.5  # cycles that a table takes in memory, and its place among all
+_SHARED_PLACE = {1: 0.7, 2: 0.93}  # times that when so many vectors share a place's load
 _SLICED = 1.07  # times that when rows of the output share tables and weights in L1
 MOST_LUT_BITS = 6
 WORTH_HALVES = 4  # steps of int16 sums that pay for the widening
@@ -452,9 +453,10 @@ def _lut_rate(layer: Layer, target: Target) -> float:
     filled = layer.out_channels / (-(-layer.out_channels // lanes) * lanes)
     rate *= used * max(filled, 1 / lanes)
     taps = layer.window.kh * layer.window.kw / (layer.window.sy * layer.window.sx)
-    making = (
-        _core(target).table if arm else _PLACE if reads_patterns(layer, target.arch) else _TABLE
-    )
+    making = _core(target).table if arm else _TABLE
+    if reads_patterns(layer, target.arch):
+        making = _PLACE
+        rate *= _SHARED_PLACE.get(lut_tiles(layer, target)[0].vectors, 1.0)
     table = making / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
     rate = 1 / (1 / rate + table)
     return (
