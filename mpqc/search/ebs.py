@@ -67,7 +67,7 @@ class Ebs(TrainedSearch):
     def plan(self, problem: Problem, scores: Scores) -> Plan:
         if not self.samples:
             return super().plan(problem, scores)
-        from mpqc.train.search.pick import drawn, picked
+        from mpqc.train.search.pick import picked
 
-        plans = drawn(problem, scores.losses, self.samples)
-        return problem.plan(picked(problem, self, plans), self.name())
+        widths = picked(problem, self, scores.losses, self.samples)
+        return problem.plan(widths, self.name())

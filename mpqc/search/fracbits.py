@@ -75,10 +75,10 @@ class FracBits(TrainedSearch):
 
     def plan(self, problem: Problem, scores: Scores) -> Plan:
         if self.granularity == "layer" and self.samples:
-            from mpqc.train.search.pick import drawn, picked
+            from mpqc.train.search.pick import picked
 
-            plans = drawn(problem, scores.losses, self.samples)
-            return problem.plan(picked(problem, self, plans), self.name())
+            best = picked(problem, self, scores.losses, self.samples)
+            return problem.plan(best, self.name())
         start = repair(problem, scores.losses)
         if self.granularity == "layer" or not isinstance(scores, FracScores):
             return problem.plan(start, self.name())

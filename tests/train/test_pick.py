@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
 
 from mpqc.graph import Precision
 from mpqc.search import precisions
+from mpqc.search.constraints import Constraints
 from mpqc.search.ebs import Ebs
 from mpqc.search.problem import Problem
 from mpqc.search.repair import filled, repair
@@ -18,7 +19,7 @@ from mpqc.search.solve import Losses
 from mpqc.search.testing import toy_problem
 from mpqc.search.uniform import Uniform
 from mpqc.train.search import pick
-from mpqc.train.search.pick import drawn, held_loss, picked
+from mpqc.train.search.pick import Factors, picked
 from tests.train.contract import toy_trainer
 
 
@@ -37,16 +38,16 @@ def losses(asked: Problem) -> Losses:
     }
 
 
-def test_drawn_plans_differ_and_keep_the_budgets() -> None:
-    asked = problem()
-    plans = drawn(asked, losses(asked), 6)
-    assert plans[0] == repair(asked, losses(asked))
-    assert filled(asked, losses(asked), precisions(Uniform()(asked))) in plans
-    assert 2 < len(plans) <= 8
-    assert all(asked.problems(plan) == [] for plan in plans)
-    assert all(plan not in plans[:number] for number, plan in enumerate(plans))
-    assert drawn(asked, losses(asked), 6) == plans
-    assert drawn(replace(asked, seed=1), losses(asked), 6) != plans
+def test_drawn_factors_are_shared_where_widths_are() -> None:
+    constraints = Constraints(tie=(("main", "pointwise"),))
+    asked = problem(constraints=constraints)
+    factors = Factors.of(asked)
+    assert factors.scaled(losses(asked)).keys() == asked.choices.keys()
+    one, two = (factors.drawn(np.random.default_rng(seed)) for seed in (0, 1))
+    assert one == factors.drawn(np.random.default_rng(0)) != two
+    assert any("main" in names and "pointwise" in names for names in one.weights)
+    assert set(one.inputs) == set(asked.groups)
+    assert asked.problems(repair(asked, one.scaled(losses(asked)))) == []
 
 
 def test_factors_of_one_change_no_difference() -> None:
@@ -64,14 +65,27 @@ def test_the_best_on_held_out_samples_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = problem(cache=tmp_path)
-    trainer = toy_trainer()
-    plans = drawn(asked, losses(asked), 1)
-    teacher = trainer.teacher()
-    expected = min(
-        plans, key=lambda w: held_loss(trainer, trainer.network(trainer.plan(w)), teacher)
-    )
-    assert picked(asked, Ebs(), plans) == expected
+    seen: dict[str, float] = {}
+    exact = pick.held_loss
+
+    def watched(trainer: Any, module: Any, teacher: Any) -> float:
+        hooks = [module.hooks.find(name) for name in asked.choices]
+        loss = exact(trainer, module, teacher)
+        seen[str([(h.weight.bits, h.data.bits) for h in hooks])] = loss
+        return loss
+
+    monkeypatch.setattr(pick, "held_loss", watched)
+    found = picked(asked, Ebs(), losses(asked), 3)
+    assert asked.problems(found) == []
+    assert 1 < len(seen) <= 5
+    key = str([(found[name].weight, found[name].activation) for name in asked.choices])
+    assert seen[key] == min(seen.values())
+    even = filled(asked, losses(asked), precisions(Uniform()(asked)))
+    assert str([(even[n].weight, even[n].activation) for n in asked.choices]) in seen
     monkeypatch.setattr(pick, "held_loss", None)  # a second run reads what the first measured
-    assert picked(asked, Ebs(), plans) == expected
+    assert picked(asked, Ebs(), losses(asked), 3) == found
+    learned = repair(asked, losses(asked))
+    assert picked(asked, Ebs(), losses(asked), 0) == learned
+    trainer = toy_trainer()
     nobody = replace(trainer, held=replace(trainer.held, chosen=trainer.held.chosen[:0]))
-    assert picked(replace(asked, trainer=nobody), Ebs(), plans) == plans[0]
+    assert picked(replace(asked, trainer=nobody), Ebs(), losses(asked), 3) == learned

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from mpqc.train.module import GraphModule
 from mpqc.train.search.base import open_trainer, place
 from mpqc.train.trainer import PlanTrainer
 
-DOUBT = 0.5  # standard deviation of the logarithm of a tensor's losses
+DOUBT = 0.25  # standard deviation of the logarithm of a tensor's losses
 
 
 def held_loss(trainer: PlanTrainer, module: GraphModule, teacher: Teacher) -> float:
@@ -44,53 +45,88 @@ def held_loss(trainer: PlanTrainer, module: GraphModule, teacher: Teacher) -> fl
     return total / len(trainer.held)
 
 
-def drawn(problem: Problem, losses: Losses, count: int) -> list[dict[str, Precision]]:
-    """Different plans under the budgets: of least loss, uniform, and of losses in doubt.
+def picked(
+    problem: Problem, method: TrainedSearch, losses: Losses, count: int
+) -> Mapping[str, Precision]:
+    """The plan that loses least on the held-out samples, rounded as fine-tuning would start.
 
-    What a short search learned about a tensor is right within a factor, not in its order of
-    widths; so the losses of each weight tensor and each input are multiplied by a random factor.
+    Compared are the plan of least loss, the widest uniform one that fits, and some that are drawn:
+    what a short search learned about a tensor is right within a factor, not in its order of
+    widths; so the losses of each weight tensor and each input are multiplied by a random factor,
+    around those of the best plan so far.
 
     Args:
         problem: its seed draws.
+        method: its options are part of the name of what was measured.
         losses: of layers, sums of losses of weights and of inputs.
-        count: of drawn ones, at most.
+        count: of drawn plans, at most.
     """
-    plans = [repair(problem, losses)]
-    if even := _uniform(problem):
-        plans.append(filled(problem, losses, even))
-    rng = np.random.default_rng([problem.seed, 6])
-    for _ in range(count):
-        factors: list[dict[str, float]] = []
-        for sets in (_weights(problem), problem.groups):
-            each = {names: float(np.exp(DOUBT * rng.standard_normal())) for names in sets}
-            factors.append({name: value for names, value in each.items() for name in names})
-        noisy = {
-            name: _scaled(row, factors[0][name], factors[1][name]) for name, row in losses.items()
-        }
-        plans.append(repair(problem, noisy))
-    return [plan for number, plan in enumerate(plans) if plan not in plans[:number]]
-
-
-def picked(
-    problem: Problem, method: TrainedSearch, plans: Sequence[Mapping[str, Precision]]
-) -> Mapping[str, Precision]:
-    """The plan that loses least on the held-out samples, rounded as fine-tuning would start."""
     trainer = open_trainer(problem, method.name())
-    if len(plans) == 1 or not len(trainer.held):
-        return plans[0]
+    learned = repair(problem, losses)
+    if not (count and len(trainer.held)):
+        return learned
     path, _ = place(problem, trainer, method)
     known = Ledger(None if path is None else path.with_suffix(".plans.jsonl"))
     teacher = trainer.teacher()
-    found = []
-    for number, widths in enumerate(plans):
+    done = 0
+
+    def measured(widths: Mapping[str, Precision]) -> float:
+        nonlocal done
         name = json.dumps([str(precision) for precision in widths.values()])
         if name not in known:
-            problem.progress(f"{method.name()}, plans", number, len(plans))
             module = trainer.network(trainer.plan(widths), trainer.checkpoint)
             known[name] = held_loss(trainer, module, teacher)
-        found.append(known[name])
-    good = [loss if math.isfinite(loss) else math.inf for loss in found]
-    return plans[good.index(min(good))]
+        done += 1
+        problem.progress(f"{method.name()}, plans", done, count + 2)
+        return known[name] if math.isfinite(known[name]) else math.inf
+
+    best, least = learned, measured(learned)
+    if even := _uniform(problem):
+        other = filled(problem, losses, even)
+        if (loss := measured(other)) < least:
+            best, least = other, loss
+    factors = Factors.of(problem)
+    rng = np.random.default_rng([problem.seed, 6])
+    for _ in range(count):
+        tried = factors.drawn(rng)
+        widths = repair(problem, tried.scaled(losses))
+        if (loss := measured(widths)) < least:
+            best, least, factors = widths, loss, tried
+    return best
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of the losses of tensors.
+
+    Attributes:
+        weights: layers that share weight widths -> factor.
+        inputs: layers that share an input -> factor.
+    """
+
+    weights: Mapping[tuple[str, ...], float]
+    inputs: Mapping[tuple[str, ...], float]
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Factors":
+        """All of them 1."""
+        tied = {name for tie in problem.ties for name in tie}
+        weights = [*problem.ties, *((name,) for name in problem.choices if name not in tied)]
+        return cls(dict.fromkeys(weights, 1.0), dict.fromkeys(problem.groups, 1.0))
+
+    def drawn(self, rng: np.random.Generator) -> "Factors":
+        """Others near them."""
+
+        def near(each: Mapping[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+            return {k: v * math.exp(DOUBT * rng.standard_normal()) for k, v in each.items()}
+
+        return Factors(near(self.weights), near(self.inputs))
+
+    def scaled(self, losses: Losses) -> Losses:
+        """Losses times these factors."""
+        weights = {name: value for names, value in self.weights.items() for name in names}
+        inputs = {name: value for names, value in self.inputs.items() for name in names}
+        return {name: _scaled(row, weights[name], inputs[name]) for name, row in losses.items()}
 
 
 def _uniform(problem: Problem) -> dict[str, Precision] | None:
@@ -101,12 +137,6 @@ def _uniform(problem: Problem) -> dict[str, Precision] | None:
         return precisions(Uniform()(problem))
     except BudgetError:
         return None
-
-
-def _weights(problem: Problem) -> list[tuple[str, ...]]:
-    """Layers by the weight width that they share."""
-    tied = {name for tie in problem.ties for name in tie}
-    return [*problem.ties, *((name,) for name in problem.choices if name not in tied)]
 
 
 def _scaled(row: Mapping[Precision, float], weight: float, data: float) -> dict[Precision, float]:
