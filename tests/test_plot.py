@@ -13,6 +13,7 @@ def test_names_do_not_overlap() -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figure, panel = pyplot.subplots()
     panel.plot([0.1, 1.0], [60.0, 93.0])
+    figure.canvas.draw()  # scales are final
     _name_points(panel, POINTS)
     boxes = [text.get_window_extent() for text in panel.texts]
     pyplot.close(figure)
