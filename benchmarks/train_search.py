@@ -32,7 +32,8 @@ REDUCED = {
     "samples": 3200, "seeds": "0", "epochs": 4.0, "tune": 1.5, "augment": "flip",
     "batch_size": 32, "widths": "1,2,3,4", "budgets": "bitops=w2a2,bitops=w3a3",
     "methods": "uniform,sensitivity,ebs,fracbits,alps,dnas",
-    "option": ["alps.epochs=0.1", "alps.start=1", "dnas.share_weights=true", "dnas.samples=0"],
+    "option": ["alps.epochs=0.1", "alps.start=1", "dnas.share_weights=true", "dnas.samples=8",
+               "dnas.short=0"],
 }  # fmt: skip
 BUDGETS = "bitops=w2a2,bitops=w3a3,bitops=w4a4,size=w2a2,size=w3a3,size=w4a4"
 

@@ -27,8 +27,9 @@ class Dnas(TrainedSearch):
         strength_lr: of Adam for the logits; 0: 0.01, or more where the search is short.
         strength_decay: weight decay of the logits.
         weights_share: of the samples for the weights; the rest is for the logits.
-        samples: architectures drawn at the end, beside the most probable one; the best is kept.
-        short: epochs of training after which drawn architectures are compared.
+        samples: architectures drawn at the end, beside the most probable one; the one that loses
+            least on held-out samples is kept.
+        short: epochs of training after which drawn architectures are compared; 0: rounded only.
         quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
             and PACT inputs.
     """

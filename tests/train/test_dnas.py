@@ -17,7 +17,7 @@ from mpqc.search.problem import Problem
 from mpqc.search.testing import toy_problem
 from mpqc.train import GraphModule
 from mpqc.train.loop import TrainingDiverged
-from mpqc.train.search import base
+from mpqc.train.search import base, dnas
 from mpqc.train.search.base import Ground
 from mpqc.train.search.dnas import Architectures, DnasRelaxation, drawn
 from mpqc.train.search.loop import Schedule
@@ -184,18 +184,26 @@ def test_drawn_plans_keep_the_budget_and_start_with_the_most_probable() -> None:
     assert plans == drawn(given, net.losses(), 6)
 
 
-def test_the_best_of_the_drawn_plans_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short", [0.5, 0.0])
+def test_the_best_of_the_drawn_plans_is_taken(
+    short: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried: list[dict[str, Precision]] = []
+    trained: list[float] = []
 
-    def train(self: Any, widths: dict[str, Precision], epochs: float) -> float:
-        assert epochs == 0.5
-        tried.append(widths)
-        return float(len(tried))
+    def held_loss(trainer: Any, module: Any, teacher: Any) -> float:
+        hooks = {name: module.hooks.find(name) for name in problem().choices}
+        tried.append({n: Precision(h.weight.bits, h.data.bits) for n, h in hooks.items()})
+        return 1.0 / len(tried)
 
-    monkeypatch.setattr(type(toy_trainer()), "train", train)
-    plan = Dnas(samples=4, short=0.5)(problem())
+    monkeypatch.setattr(dnas, "held_loss", held_loss)
+    monkeypatch.setattr(
+        type(toy_trainer()), "fit", lambda self, module, epochs, *_: trained.append(epochs)
+    )
+    plan = Dnas(samples=4, short=short)(problem())
     assert len(tried) > 1
     assert precisions(plan) == tried[-1]
+    assert trained == ([short] * len(tried) if short else [])
 
 
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

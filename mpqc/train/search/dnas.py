@@ -23,6 +23,7 @@ from mpqc.train.quantized_layer import Quantizers
 from mpqc.train.search.base import Ground, learn, open_trainer, place
 from mpqc.train.search.loop import Relaxation, Schedule
 from mpqc.train.search.mixed_layer import gumbel_softmax, input_quantizers, mixed
+from mpqc.train.search.pick import held_loss
 
 Mask: TypeAlias = Callable[[], Tensor]
 """The mask of a layer as drawn last: float32 [precisions], sum 1."""
@@ -315,13 +316,17 @@ def chosen(problem: Problem, method: Dnas, scores: Scores) -> dict[str, Precisio
     trainer = open_trainer(problem, method.name())
     path, _ = place(problem, trainer, method)
     known = Ledger(None if path is None else path.with_suffix(".samples.jsonl"))
+    teacher = trainer.teacher()
     best: tuple[float, dict[str, Precision]] | None = None
     for number, widths in enumerate(plans):
         name = json.dumps([str(precision) for precision in widths.values()])
         if name not in known:
             problem.progress("dnas, architectures", number, len(plans))
-            known[name] = trainer.train(widths, method.short)
-        if best is None or known[name] > best[0]:
+            module = trainer.network(trainer.plan(widths), trainer.checkpoint)
+            if method.short > 0:
+                trainer.fit(module, method.short, teacher)
+            known[name] = held_loss(trainer, module, teacher)
+        if best is None or known[name] < best[0]:
             best = known[name], widths
     assert best is not None
     return best[1]
