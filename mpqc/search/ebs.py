@@ -29,7 +29,7 @@ class Ebs(TrainedSearch):
         level: ``two``: strengths learn from samples of their own; ``one``: from the same batches.
         weights_share: of the samples for the weights, with two levels.
         samples: plans drawn around the learned one; of all of them, the uniform one among them,
-            the best on held-out samples is kept, without training. 0: the learned one.
+            the best as it is rounded, not trained, is kept. 0: the learned one.
         quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
             and PACT inputs.
         alpha: clips of PACT: one a width (``branch``), or one an input (``shared``).

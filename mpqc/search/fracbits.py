@@ -43,7 +43,7 @@ class FracBits(TrainedSearch):
             short.
         warmup: share of the epochs in which only weights learn.
         samples: plans drawn around the learned one; of all of them, the uniform one among them,
-            the best on held-out samples is kept, without training. 0: the learned one. Widths of
+            the best as it is rounded, not trained, is kept. 0: the learned one. Widths of
             channels follow the learned one.
         quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
             and PACT inputs.

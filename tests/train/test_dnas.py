@@ -21,6 +21,7 @@ from mpqc.train.search import base, dnas
 from mpqc.train.search.base import Ground
 from mpqc.train.search.dnas import Architectures, DnasRelaxation, drawn
 from mpqc.train.search.loop import Schedule
+from mpqc.train.search.pick import Judge
 from tests.train.contract import toy_trainer
 
 CPU = torch.device("cpu")
@@ -197,6 +198,7 @@ def test_the_best_of_the_drawn_plans_is_taken(
         return 1.0 / len(tried)
 
     monkeypatch.setattr(dnas, "held_loss", held_loss)
+    monkeypatch.setattr(Judge, "__call__", lambda self, module: held_loss(None, module, None))
     monkeypatch.setattr(
         type(toy_trainer()), "fit", lambda self, module, epochs, *_: trained.append(epochs)
     )

@@ -19,7 +19,7 @@ from mpqc.search.solve import Losses
 from mpqc.search.testing import toy_problem
 from mpqc.search.uniform import Uniform
 from mpqc.train.search import pick
-from mpqc.train.search.pick import Factors, picked
+from mpqc.train.search.pick import Factors, Judge, held_loss, picked
 from tests.train.contract import toy_trainer
 
 
@@ -61,20 +61,18 @@ def test_factors_of_one_change_no_difference() -> None:
     assert pick._scaled(pairs, 4.0, 1.0)[Precision(2, 2)] == pytest.approx(2 * (0.3 - 0.1))
 
 
-def test_the_best_on_held_out_samples_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_as_it_is_rounded_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = problem(cache=tmp_path)
     seen: dict[str, float] = {}
-    exact = pick.held_loss
+    exact = Judge.__call__
 
-    def watched(trainer: Any, module: Any, teacher: Any) -> float:
+    def watched(self: Judge, module: Any) -> float:
         hooks = [module.hooks.find(name) for name in asked.choices]
-        loss = exact(trainer, module, teacher)
+        loss = exact(self, module)
         seen[str([(h.weight.bits, h.data.bits) for h in hooks])] = loss
         return loss
 
-    monkeypatch.setattr(pick, "held_loss", watched)
+    monkeypatch.setattr(Judge, "__call__", watched)
     found = picked(asked, Ebs(), losses(asked), 3)
     assert asked.problems(found) == []
     assert 1 < len(seen) <= 5
@@ -82,10 +80,20 @@ def test_the_best_on_held_out_samples_is_kept(
     assert seen[key] == min(seen.values())
     even = filled(asked, losses(asked), precisions(Uniform()(asked)))
     assert str([(even[n].weight, even[n].activation) for n in asked.choices]) in seen
-    monkeypatch.setattr(pick, "held_loss", None)  # a second run reads what the first measured
+    monkeypatch.setattr(Judge, "__call__", None)  # a second run reads what the first measured
     assert picked(asked, Ebs(), losses(asked), 3) == found
     learned = repair(asked, losses(asked))
     assert picked(asked, Ebs(), losses(asked), 0) == learned
+
+
+def test_all_samples_judge_what_is_not_trained() -> None:
     trainer = toy_trainer()
-    nobody = replace(trainer, held=replace(trainer.held, chosen=trainer.held.chosen[:0]))
-    assert picked(replace(asked, trainer=nobody), Ebs(), losses(asked), 3) == learned
+    module = trainer.network(trainer.plan(repair(problem(), losses(problem()))))
+    whole = Judge(trainer)(module)
+    held = held_loss(trainer, module, trainer.teacher())
+    assert Judge(trainer, len(trainer.held))(module) == pytest.approx(held, rel=1e-5)
+    count = len(trainer.held) + len(trainer.training)
+    rest = replace(trainer, held=trainer.training)
+    others = held_loss(rest, module, trainer.teacher())
+    mean = (held * len(trainer.held) + others * len(trainer.training)) / count
+    assert whole == pytest.approx(mean, rel=1e-5)

@@ -1,9 +1,9 @@
-"""From learned losses to a plan: of some that they allow, the best on held-out samples."""
+"""From learned losses to a plan: of some that they allow, the best as it is rounded."""
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mpqc.train.module import GraphModule
 from mpqc.train.search.base import open_trainer, place
 from mpqc.train.trainer import PlanTrainer
 
+JUDGED = 2048  # samples
 DOUBT = 0.25  # standard deviation of the logarithm of a tensor's losses
 
 
@@ -45,10 +46,48 @@ def held_loss(trainer: PlanTrainer, module: GraphModule, teacher: Teacher) -> fl
     return total / len(trainer.held)
 
 
+class Judge:
+    """Loss of networks that are rounded, not trained.
+
+    To them samples for training are as new as held-out ones. A few hundred would not do: where
+    little is lost, a handful of samples loses most of it.
+
+    Args:
+        trainer: has the samples, and the float model.
+        count: of samples: held-out ones, then others.
+    """
+
+    def __init__(self, trainer: PlanTrainer, count: int = JUDGED) -> None:
+        self._trainer = trainer
+        device = find_device(trainer.device)
+        teacher = trainer.teacher()
+        order = np.random.default_rng([trainer.recipe.seed, 7]).permutation(len(trainer.training))
+        others = np.sort(order[: max(0, count - len(trainer.held))])
+        rest = replace(trainer.training, chosen=trainer.training.chosen[others])
+        soft = trainer.objective.label_weight < 1
+        self._batches = [
+            (batch, teacher.anew(batch.to(device)) if soft else None)
+            for part in (trainer.held, rest)
+            for batch in part.batches(trainer.recipe.batch_size)
+        ]
+
+    def __call__(self, module: GraphModule) -> float:
+        """Mean loss, as compiled."""
+        module.eval()
+        total, seen, device = 0.0, 0, find_device(self._trainer.device)
+        with torch.no_grad():
+            for batch, targets in self._batches:
+                moved = batch.to(device)
+                loss = self._trainer.objective.loss(run(module, moved), targets, moved.labels)
+                total += float(loss) * len(batch.numbers)
+                seen += len(batch.numbers)
+        return total / max(1, seen)
+
+
 def picked(
     problem: Problem, method: TrainedSearch, losses: Losses, count: int
 ) -> Mapping[str, Precision]:
-    """The plan that loses least on the held-out samples, rounded as fine-tuning would start.
+    """The plan that loses least, rounded as fine-tuning would start; see ``Judge``.
 
     Compared are the plan of least loss, the widest uniform one that fits, and some that are drawn:
     what a short search learned about a tensor is right within a factor, not in its order of
@@ -63,19 +102,20 @@ def picked(
     """
     trainer = open_trainer(problem, method.name())
     learned = repair(problem, losses)
-    if not (count and len(trainer.held)):
+    if not count:
         return learned
     path, _ = place(problem, trainer, method)
     known = Ledger(None if path is None else path.with_suffix(".plans.jsonl"))
-    teacher = trainer.teacher()
+    judge: Judge | None = None
     done = 0
 
     def measured(widths: Mapping[str, Precision]) -> float:
-        nonlocal done
+        nonlocal done, judge
         name = json.dumps([str(precision) for precision in widths.values()])
         if name not in known:
             module = trainer.network(trainer.plan(widths), trainer.checkpoint)
-            known[name] = held_loss(trainer, module, teacher)
+            judge = judge or Judge(trainer)
+            known[name] = judge(module)
         done += 1
         problem.progress(f"{method.name()}, plans", done, count + 2)
         return known[name] if math.isfinite(known[name]) else math.inf
