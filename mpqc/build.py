@@ -273,16 +273,17 @@ def _raw_interface() -> Iterator[dict[str, Workspace]]:
         tirx.transform.LowerTVMBuiltin = lower
 
 
+_TURNS = re.compile(r"T\.parallel\((?:T\.int64\()?(\d+)\)")
 _ALLOCATION = re.compile(r"TVMBackendAllocWorkspace\([^,]+, [^,]+, T\.uint64\((\d+)\)")
 
 
 def _workspace(kernel: str) -> Workspace:
-    """Working memory that a lowered kernel may hold at once, from its text.
+    """Working memory that a lowered kernel may hold at once, and its loops, from its text.
 
     Raises:
         ArtifactError: the size is not known before it runs.
     """
-    once = thread = 0
+    once = thread = turns = 0
     loops: list[int] = []  # indents of the parallel loops around a line
     for line in kernel.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -296,7 +297,8 @@ def _workspace(kernel: str) -> Workspace:
             once += sum(sizes)
         if "T.parallel(" in line:
             loops.append(indent)
-    return Workspace(once, thread)
+            turns = max(turns, *map(int, _TURNS.findall(line)), 0)
+    return Workspace(once, thread, turns)
 
 
 def _make_raw_api() -> Any:

@@ -76,15 +76,17 @@ class Form:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Working memory of a kernel [bytes].
+    """What a kernel needs of the runtime.
 
     Attributes:
-        once: that the kernel allocates; it lies in the arena, where nothing lives meanwhile.
-        thread: that every thread of its parallel loops allocates.
+        once: bytes that the kernel allocates; they lie in the arena, where nothing lives meanwhile.
+        thread: bytes that every thread of its parallel loops allocates.
+        turns: of its longest parallel loop; 0: it has none.
     """
 
     once: int = 0
     thread: int = 0
+    turns: int = 0
 
 
 def place_workspaces(
@@ -311,8 +313,8 @@ def model_source(
     results = {name: program.root(buffer) for name, buffer in program.results.items()}
     lines += [
         f"const int mpqc_steps_n = {len(program.steps)};",
-        "const size_t mpqc_workspaces[][3] = {"
-        + (", ".join(f"{{{at}, {need.once}, {need.thread}}}" for at, need in workspaces) or "{0}")
+        "const size_t mpqc_workspaces[][4] = {"
+        + (", ".join(f"{{{at}, {n.once}, {n.thread}, {n.turns}}}" for at, n in workspaces) or "{0}")
         + "};",
         *tensor_table("input", program.inputs, [places[name] for name in program.inputs]),
         *tensor_table("output", program.outputs, [places[results[n]] for n in program.outputs]),

@@ -19,9 +19,12 @@
 
 #define SPINS 20000 /* turns that a worker waits awake: a quarter of a millisecond */
 #define TURNS_TO_YIELD 32 /* about a microsecond: what sharing a core may cost at each kernel */
-#define SHARES 8 /* of a loop, for each thread: whoever is done helps the others */
-#define ID_BITS 16
-#define ID_MASK ((1u << ID_BITS) - 1)
+#define SHARES 8 /* of a loop, for each thread, at most: whoever is done helps the others */
+/* What a worker may take, in one number: launch << 16 | its own tasks << 8 | those taken. */
+#define CLAIMS(launch, shares, taken) ((launch) << 16 | (unsigned)(shares) << 8 | (unsigned)(taken))
+#define LAUNCH(claims) ((claims) >> 16)
+#define OWN(claims) ((int)((claims) >> 8 & 255))
+#define TAKEN(claims) ((int)((claims) & 255))
 
 typedef struct {
   void* sync_handle;
@@ -44,7 +47,7 @@ struct pool {
 struct worker {
 #ifndef MPQC_NO_THREADS
   /* what a launch writes, on one line: all that a worker waits for */
-  OWN_LINE atomic_uint claims; /* launches so far << ID_BITS | own tasks of this one, taken */
+  OWN_LINE atomic_uint claims;
   atomic_int asleep;
   task_fn task;
   void* data;
@@ -70,6 +73,7 @@ struct mpqc_model {
   atomic_int busy;
 #ifndef MPQC_NO_THREADS
   unsigned launches;
+  int shares; /* of the loops of this step */
   int started;
   OWN_LINE atomic_int done; /* tasks of this launch that have ended */
   atomic_int failed;
@@ -82,7 +86,7 @@ struct mpqc_model {
 /* sizes.h promises these to whoever gives the memory */
 _Static_assert(sizeof(struct mpqc_model) <= MPQC_INSTANCE_BYTES, "instance");
 _Static_assert(sizeof(struct worker) <= MPQC_WORKER_BYTES, "worker");
-_Static_assert(SHARES < ID_MASK, "task numbers");
+_Static_assert(SHARES < 256, "task numbers");
 
 /* The worker that runs in this thread. A library without threads still has instances in several,
  * but must not need __tls_get_addr. */
@@ -146,7 +150,7 @@ static void wait_turn(int turn) {
 
 /* Which launch the worker has been given tasks of last. */
 static unsigned given(struct worker* w) {
-  return atomic_load_explicit(&w->claims, memory_order_acquire) >> ID_BITS;
+  return LAUNCH(atomic_load_explicit(&w->claims, memory_order_acquire));
 }
 
 /* Take the tasks of one worker until none is left; how many that were. Neighbouring tasks touch
@@ -154,16 +158,16 @@ static unsigned given(struct worker* w) {
  * kernel before. */
 static int take_from(struct worker* owner, struct worker* w) {
   struct mpqc_model* m = w->model;
-  group_env env = {NULL, m->threads * SHARES};
-  int first = (int)(owner - m->workers) * SHARES, count = 0;
-  unsigned taken = atomic_load_explicit(&owner->claims, memory_order_acquire);
-  while ((taken & ID_MASK) < SHARES) {
-    if (!atomic_compare_exchange_weak(&owner->claims, &taken, taken + 1)) continue;
+  int count = 0;
+  unsigned claims = atomic_load_explicit(&owner->claims, memory_order_acquire);
+  while (TAKEN(claims) < OWN(claims)) {
+    if (!atomic_compare_exchange_weak(&owner->claims, &claims, claims + 1)) continue;
     /* the launch cannot end before this task: `task` and `data` stay */
-    int id = first + (int)(taken & ID_MASK);
+    group_env env = {NULL, m->threads * OWN(claims)};
+    int id = (int)(owner - m->workers) * OWN(claims) + TAKEN(claims);
     if (run_task(w, w->task, id, &env, w->data)) atomic_store(&m->failed, 1);
     count++;
-    taken = atomic_load_explicit(&owner->claims, memory_order_acquire);
+    claims = atomic_load_explicit(&owner->claims, memory_order_acquire);
   }
   return count;
 }
@@ -201,9 +205,9 @@ static void* work(void* argument) {
   }
 }
 
-/* A new launch, of which every worker has taken so many of its tasks. */
-static void launch(struct mpqc_model* m, task_fn task, void* data, unsigned taken) {
-  unsigned claims = ++m->launches << ID_BITS | taken;
+/* A new launch, of which every worker has so many tasks of its own. */
+static void launch(struct mpqc_model* m, task_fn task, void* data, int shares) {
+  unsigned claims = CLAIMS(++m->launches, shares, 0);
   int asleep = 0;
   atomic_store_explicit(&m->done, 0, memory_order_relaxed);
   for (int i = 0; i < m->threads; i++) m->workers[i].task = task, m->workers[i].data = data;
@@ -218,15 +222,30 @@ static void launch(struct mpqc_model* m, task_fn task, void* data, unsigned take
 }
 #endif
 
+#ifndef MPQC_NO_THREADS
+/* Shares of a loop for each thread. TVM gives every task the same number of turns, rounded up, so
+ * that the last thread may get few: 32 and 24 of 56 in eight shares, and what the second then takes
+ * from the first lies in the wrong cache for the next kernel. Seven shares are 28 and 28. */
+static int shares_of(size_t turns, int threads) {
+  int best = SHARES, fewest = turns < (size_t)(SHARES * threads) ? 1 : SHARES / 2;
+  size_t least = turns;
+  for (int shares = SHARES; shares >= fewest && turns; shares--) {
+    size_t tasks = (size_t)(threads * shares), most = (turns + tasks - 1) / tasks * (size_t)shares;
+    if (most < least) least = most, best = shares;
+  }
+  return best;
+}
+#endif
+
 static int parallel_launch(task_fn task, void* data, int tasks) {
   struct worker* w = self;
 #ifndef MPQC_NO_THREADS
   struct mpqc_model* m = w != NULL ? w->model : NULL;
   if (m != NULL && m->threads > 1 && w == m->workers && (tasks == 0 || tasks == m->threads)) {
-    launch(m, task, data, 0);
+    launch(m, task, data, m->shares);
     take_tasks(w);
     int spins = 0;
-    while (atomic_load_explicit(&m->done, memory_order_acquire) < m->threads * SHARES)
+    while (atomic_load_explicit(&m->done, memory_order_acquire) < m->threads * m->shares)
       wait_turn(++spins);
     return atomic_exchange(&m->failed, 0);
   }
@@ -387,7 +406,7 @@ void mpqc_destroy(mpqc_model* m) {
 #ifndef MPQC_NO_THREADS
   if (m->started) {
     atomic_store(&m->stop, 1);
-    launch(m, NULL, NULL, SHARES);
+    launch(m, NULL, NULL, 0);
     for (int i = 1; i <= m->started; i++) pthread_join(m->workers[i].thread, NULL);
   }
   pthread_mutex_destroy(&m->lock);
@@ -445,6 +464,9 @@ static int step(mpqc_model* m, int index) {
   const size_t* space = mpqc_workspaces[index];
   m->pool = (struct pool){m->arena + space[0], space[1], 0};
   m->workers[0].pool = (struct pool){m->arena + space[0] + space[1], space[2], 0};
+#ifndef MPQC_NO_THREADS
+  m->shares = shares_of(space[3], m->threads);
+#endif
   if (mpqc_call_step(index, m->arena, m->sources)) return MPQC_KERNEL_FAILED;
   for (int i = 0; i < mpqc_outputs_n && index == mpqc_steps_n - 1; i++)
     if (mpqc_outputs[i].bytes)

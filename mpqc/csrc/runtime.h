@@ -26,8 +26,9 @@ extern const size_t mpqc_input_offsets[] MPQC_HOOK, mpqc_output_offsets[] MPQC_H
 /* of each input: what its kernels want of the caller's buffer to read it there; 0: a copy */
 extern const size_t mpqc_input_alignments[] MPQC_HOOK;
 extern const int mpqc_inputs_n MPQC_HOOK, mpqc_outputs_n MPQC_HOOK, mpqc_steps_n MPQC_HOOK;
-/* of each step: offset in the arena, size, size in the loops of the first thread */
-extern const size_t mpqc_workspaces[][3] MPQC_HOOK;
+/* of each step: offset in the arena, size, size in the loops of the first thread, turns of its
+ * longest parallel loop */
+extern const size_t mpqc_workspaces[][4] MPQC_HOOK;
 extern const struct mpqc_narrow mpqc_narrows[] MPQC_HOOK;
 extern const int mpqc_narrows_n MPQC_HOOK;
 extern const mpqc_about mpqc_identity MPQC_HOOK;
