@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpqc.build import build
+from mpqc.build import _workspace, build
 from mpqc.errors import ArtifactError
 from mpqc.program import plan_memory
 from mpqc.target import TARGETS, native
@@ -113,3 +113,12 @@ def test_says_how_large_it_is(tmp_path: Path) -> None:
     assert 0 < found.weight_bytes < found.library.stat().st_size
     assert found.code_bytes > 0
     assert found.library.stat().st_mode & 0o111
+
+
+def test_the_runtime_knows_how_long_parallel_loops_are() -> None:
+    kernel = (
+        "for i in T.parallel(56):\n    pass\nfor j in T.serial(99):\n"
+        "    for k in T.parallel(T.int64(12)):\n        pass\n"
+    )
+    assert _workspace(kernel).turns == 56
+    assert _workspace("for j in T.serial(99):\n    pass\n").turns == 0
