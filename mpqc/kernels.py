@@ -539,7 +539,7 @@ def lut_rows(layer: Layer, arch: str) -> int:
     """Rows of the output that go through weights and tables together while these lie in L1."""
     window = layer.window
     if reads_patterns(layer, arch):
-        return largest_divisor(window.oh, _ROWS_OF_PIXELS // window.ow)
+        return largest_divisor(window.oh, _ROWS_OF_PIXELS // window.ow) if window.kh > 1 else 1
     return _sliced_rows(layer) if lut_slices(layer, arch) > 1 else 1
 
 
