@@ -375,8 +375,9 @@ class Lowering:
         value, layer = self._value(node.inputs[0]), choice.layer
         beside = layer.window.sx if choice.variant.endswith(kernels.PAIRS) else 0
         image = _unpadded(node, choice)
-        border = "_".join(map(str, (*image.pads, image.fill)))
-        name = f"{value}.{layer.activation_bits}_{beside}_{int(layer.odd)}_{border}.patterns"
+        geometry = (image.height, image.width, *image.pads, image.fill)  # 1x1 layers cut rows anew
+        form = "_".join(map(str, (layer.activation_bits, beside, int(layer.odd), *geometry)))
+        name = f"{value}.{form}.patterns"
         if name not in self.program.buffers:
             kernel = kernels.pattern_kernel(layer, image, beside)
             names = [name, f"{name}{SUMS}"][: len(kernel.outputs)]

@@ -148,6 +148,17 @@ SHARED = f"""
 return %y1, %y2, %y3, %f
 """  # noqa: E501
 
+# pairs of neighbouring pixels, in rows of 8 and of 12
+PAIRED = """
+%f = Input() : f32[1,48,6,8]
+%x = Quantize(%f) {bits=1, scale=1.0, zero_point=0} : u8[1,48,6,8]
+%w_odd = Constant() : i16[8,48,3,3]
+%v_odd = Constant() : i16[8,48,1,1]
+%y2 = IntConv(%x, %v_odd) {activation_bits=1, weight_bits=2, weight_levels="odd", zero_point=0} : i32[1,8,6,8] @conv2
+%y1 = IntConv(%x, %w_odd) {activation_bits=1, weight_bits=2, weight_levels="odd", zero_point=0} : i32[1,8,4,6] @conv1
+return %y1, %y2
+"""  # noqa: E501
+
 INNER = CHAIN.replace("return %y", "return %q1, %y, %c1")
 
 ALIASES = """
@@ -204,7 +215,7 @@ GRAPHS = {
     "chain": CHAIN, "residual": RESIDUAL, "shortcuts": SHORTCUTS, "concat": CONCAT, "pool": POOL,
     "depthwise": DEPTHWISE, "grouped": GROUPED, "one dimension": ONE_DIMENSION,
     "shared": SHARED, "inner": INNER, "aliases": ALIASES, "matmul": MATMUL,
-    "elementwise": ELEMENTWISE,
+    "elementwise": ELEMENTWISE, "paired": PAIRED,
 }  # fmt: skip
 
 
