@@ -22,15 +22,18 @@ from mpqc.cli_options import (
     VERBOSE,
     ArtifactPath,
     Batch,
+    Bits,
     BoardOptions,
     DataOption,
     Dim,
+    FirstLast,
     FloatModel,
     Json,
     Key,
     Model,
     Option,
     Overwrite,
+    PlanFile,
     PreprocessOption,
     Seed,
     SshHost,
@@ -104,16 +107,9 @@ def compile_(
     output: Annotated[
         Path, Option("--output", "-o", metavar="DIR", help="Folder for the artifact.")
     ],
-    plan: Annotated[
-        Path | None, Option("--plan", metavar="P", help="plan.json: widths of every layer.")
-    ] = None,
-    bits: Annotated[
-        str | None, Option("--bits", metavar="w2a2", help="One width for the body of the network.")
-    ] = None,
-    first_last: Annotated[
-        str,
-        Option("--first-last", metavar="same|w8a8", help="Width of the first and last layers."),
-    ] = "w8a8",
+    plan: PlanFile = None,
+    bits: Bits = None,
+    first_last: FirstLast = "w8a8",
     residual_bits: Annotated[
         int | None,
         Option("--residual-bits", min=1, max=8, help="Width of residual streams [default: float]."),

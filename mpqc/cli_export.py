@@ -8,12 +8,15 @@ import typer
 from mpqc import console
 from mpqc.cli_options import (
     Batch,
+    Bits,
     DataOption,
     Dim,
+    FirstLast,
     Json,
     Model,
     Option,
     Overwrite,
+    PlanFile,
     PreprocessOption,
     Seed,
     Verbose,
@@ -43,16 +46,9 @@ def export(
             "consumers; qonnx: Quant nodes; integer: ConvInteger and MatMulInteger.",
         ),
     ] = "qdq",
-    plan: Annotated[
-        Path | None, Option("--plan", metavar="P", help="plan.json: widths of every layer.")
-    ] = None,
-    bits: Annotated[
-        str | None, Option("--bits", metavar="w2a2", help="One width for the body of the network.")
-    ] = None,
-    first_last: Annotated[
-        str,
-        Option("--first-last", metavar="same|w8a8", help="Width of the first and last layers."),
-    ] = "w8a8",
+    plan: PlanFile = None,
+    bits: Bits = None,
+    first_last: FirstLast = "w8a8",
     residual_bits: Annotated[
         int | None,
         Option("--residual-bits", min=1, max=8, help="Width of residual streams [default: float]."),

@@ -9,11 +9,14 @@ import typer
 
 from mpqc import console
 from mpqc.cli_options import (
+    Bits,
     Dim,
+    FirstLast,
     Json,
     Model,
     Option,
     Overwrite,
+    PlanFile,
     PreprocessOption,
     Seed,
     Verbose,
@@ -50,16 +53,9 @@ def finetune(
     output: Annotated[
         Path, Option("--output", "-o", metavar="F.onnx", help="For the quantized model.")
     ],
-    plan: Annotated[
-        Path | None, Option("--plan", metavar="P", help="plan.json: widths of every layer.")
-    ] = None,
-    bits: Annotated[
-        str | None, Option("--bits", metavar="w2a2", help="One width for the body of the network.")
-    ] = None,
-    first_last: Annotated[
-        str,
-        Option("--first-last", metavar="same|w8a8", help="Width of the first and last layers."),
-    ] = "w8a8",
+    plan: PlanFile = None,
+    bits: Bits = None,
+    first_last: FirstLast = "w8a8",
     epochs: Annotated[float, Option("--epochs", help="May be a fraction.")] = 10.0,
     validate: Annotated[
         str | None,

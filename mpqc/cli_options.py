@@ -57,6 +57,15 @@ Dim = Annotated[
     Option("--dim", metavar="NAME=VALUE", help="Value of a symbolic dimension; repeatable."),
 ]
 Batch = Annotated[int, Option("--batch", min=1, help="Samples of one run.")]
+PlanFile = Annotated[
+    Path | None, Option("--plan", metavar="P", help="plan.json: widths of every layer.")
+]
+Bits = Annotated[
+    str | None, Option("--bits", metavar="w2a2", help="One width for the body of the network.")
+]
+FirstLast = Annotated[
+    str, Option("--first-last", metavar="same|w8a8", help="Width of the first and last layers.")
+]
 Threads = Annotated[int, Option("--threads", min=1, help="Of every run.")]
 
 SshHost = Annotated[

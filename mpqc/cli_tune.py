@@ -13,12 +13,15 @@ from rich.text import Text
 from mpqc import console
 from mpqc.cli_options import (
     Batch,
+    Bits,
     BoardOptions,
     Dim,
+    FirstLast,
     Json,
     Key,
     Model,
     Option,
+    PlanFile,
     Seed,
     SshHost,
     TargetOption,
@@ -49,16 +52,9 @@ def register(app: typer.Typer) -> None:
 
 def tune(
     model: Model,
-    plan: Annotated[
-        Path | None, Option("--plan", metavar="P", help="plan.json: widths of every layer.")
-    ] = None,
-    bits: Annotated[
-        str | None, Option("--bits", metavar="w2a2", help="One width for the body instead.")
-    ] = None,
-    first_last: Annotated[
-        str,
-        Option("--first-last", metavar="same|w8a8", help="Width of the first and last layers."),
-    ] = "w8a8",
+    plan: PlanFile = None,
+    bits: Bits = None,
+    first_last: FirstLast = "w8a8",
     target: TargetOption = "native",
     db: Annotated[
         Path, Option("--db", metavar="F.csv", help="Records; goes on from those that are there.")

@@ -282,12 +282,11 @@ def profile(
     """
     start = time.perf_counter()
     pairs = _pairs(widths)
-    if runner is None and target.why_not_here:
-        raise EnvironmentLacks(
-            f"{target.why_not_here}, and latencies are measured, not guessed: name a board "
-            "(--ssh, or --tracker and --key), or choose a target that runs here (mpqc targets)"
-        )
-    runs = own_runner(target, threads) if runner is None else runner
+    runs = (
+        own_runner(target, threads, "latencies are measured, not guessed")
+        if runner is None
+        else runner
+    )
     cpu = runs.machine()
     conditions = Conditions(target.name, cpu, threads, versions())
     path = table_path(target, threads, cache, cpu) if use_cache else None
@@ -608,8 +607,23 @@ def tile_name(choice: "Choice") -> str:
     return choice.form
 
 
-def own_runner(target: Target, threads: int) -> Runner:
-    """Of this machine."""
+def own_runner(target: Target, threads: int, why: str) -> Runner:
+    """Of this machine.
+
+    Args:
+        target: to measure on.
+        threads: of every run.
+        why: it has to run here, for whoever reads that it cannot.
+
+    Raises:
+        EnvironmentLacks: this machine cannot run the target, or lacks its GPU, or the compiler for
+            it.
+    """
+    if target.why_not_here:
+        raise EnvironmentLacks(
+            f"{target.why_not_here}, and {why}: name a board (--ssh, or --tracker and --key), or "
+            "choose a target that runs here (mpqc targets)"
+        )
     if not target.cuda:
         return LocalRunner(threads)
     from mpqc.cuda.measure import DeviceRunner

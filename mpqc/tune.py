@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpqc.errors import DataError, EnvironmentLacks
+from mpqc.errors import DataError
 from mpqc.graph import Graph, Precision
 from mpqc.grouping import LAYERS
 from mpqc.latency import KINDS, Conditions, Entry, LatencyTable, versions
@@ -142,12 +142,7 @@ def tune(
         DataError: the records are damaged, or of another machine or version.
     """
     start = time.perf_counter()
-    if runner is None and target.why_not_here:
-        raise EnvironmentLacks(
-            f"{target.why_not_here}, and tuning measures: name a board (--ssh, or --tracker and "
-            "--key), or choose a target that runs here (mpqc targets)"
-        )
-    runs = own_runner(target, threads) if runner is None else runner
+    runs = own_runner(target, threads, "tuning measures") if runner is None else runner
     conditions = Conditions(target.name, runs.machine(), threads, versions())
     network = OpenNetwork.open(model, dims, target, batch)
     plan.check(network.graph, network.sha256)

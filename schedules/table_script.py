@@ -175,16 +175,27 @@ def patterns(image: Padded, bits: int, beside: int = 0, *, summed: bool = False)
         else:
             fill(sums, line * columns, columns, image.fill * channels)
 
-    @T.prim_func(s_tir=True)
-    def placing(
-        codes: T.Buffer((image.codes,), "uint8"), result: T.Buffer((count,), "uint16")
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
+    @T.inline
+    def each_line(codes: Any, result: Any, sums: Any) -> None:
         for line in loop(image.images * image.rows):
             with T.sblock("line"):
                 T.reads()
                 T.writes()
                 place_line(codes, result, line)
+                if summed:
+                    sum_line(codes, sums, line)
+
+    kinds = (TensorType("uint8", (image.codes,)), TensorType("uint16", (count,)))
+    if not summed:
+
+        @T.prim_func(s_tir=True)
+        def placing(
+            codes: T.Buffer((image.codes,), "uint8"), result: T.Buffer((count,), "uint16")
+        ) -> None:
+            T.func_attr({"tirx.noalias": True})
+            each_line(codes, result, None)
+
+        return placing, kinds
 
     @T.prim_func(s_tir=True)
     def placing_and_summing(
@@ -193,16 +204,8 @@ def patterns(image: Padded, bits: int, beside: int = 0, *, summed: bool = False)
         sums: T.Buffer((count // tables,), "int32"),
     ) -> None:
         T.func_attr({"tirx.noalias": True})
-        for line in loop(image.images * image.rows):
-            with T.sblock("line"):
-                T.reads()
-                T.writes()
-                place_line(codes, result, line)
-                sum_line(codes, sums, line)
+        each_line(codes, result, sums)
 
-    kinds = (TensorType("uint8", (image.codes,)), TensorType("uint16", (count,)))
-    if not summed:
-        return placing, kinds
     return placing_and_summing, (*kinds, TensorType("int32", (count // tables,)))
 
 

@@ -5,6 +5,7 @@ import mmap
 import threading
 from collections.abc import Iterator
 from ctypes import POINTER, c_int, c_size_t, c_void_p
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from mpqc import reference
 from mpqc.errors import ArtifactError, DataError
 from mpqc.graph import Array, TensorType
+from mpqc.model_source import LOOPS, input_alignments
 from mpqc.runtime import CompiledModel, load
 from tests.graph_runner import built, feeds, lower, parse
 from tests.test_lowering import RESIDUAL
@@ -178,6 +180,23 @@ def test_inputs_lie_anywhere(c: Any, threads: int, shift: int) -> None:
         np.testing.assert_array_equal(b.results[0], expected()["c3"])
     c.mpqc_destroy(handle)
     assert libc.munmap(memory, pages + mmap.PAGESIZE) == 0
+
+
+def test_inputs_that_dot_kernels_read_are_copied() -> None:
+    """They may read a little behind; plain loops do not."""
+    direct = """
+    %x = Input() : u8[1,16,6,6]
+    %w = Constant() : i16[16,16,3,3]
+    %y = IntConv(%x, %w) {activation_bits=2, weight_bits=2, weight_levels="signed", zero_point=0} : i32[1,16,4,4]
+    return %y
+    """  # noqa: E501
+    nhwc = lower(parse(direct), kernel="int8")
+    first = next(step for step in nhwc.steps if "x" in step.inputs)
+    assert first.kind in LOOPS
+    assert "{1}" in input_alignments(nhwc)
+    nhwc.steps[nhwc.steps.index(first)] = replace(first, kind="int8")
+    assert "{0}" in input_alignments(nhwc)
+    assert "{4}" in input_alignments(lower(GRAPH))  # what the test above reads in place
 
 
 def test_every_status_has_words(c: Any) -> None:

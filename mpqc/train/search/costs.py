@@ -9,6 +9,7 @@ from torch import Tensor
 from mpqc.graph import Precision
 from mpqc.search.problem import Problem
 
+LEAST_PRICE = 1e-3  # of a bit, relative to the dearest: free bits have to be comparable too
 CORNER = 0.1  # of a budget, within which its price rises
 
 

@@ -10,14 +10,13 @@ from mpqc.search.scores import Scores
 from mpqc.search.solve import Losses
 from mpqc.train.quantized_layer import Quantizers
 from mpqc.train.search.base import Ground, learn
-from mpqc.train.search.costs import joint
+from mpqc.train.search.costs import LEAST_PRICE, joint
 from mpqc.train.search.loop import Relaxation, Schedule
 from mpqc.train.search.mixed_layer import MixedInput, MixedLayer, Strengths, input_quantizers
 
 COOLING = 10.0  # the last temperature of stochastic strengths is the first over this
 STEEPEST = 4.0  # of the logits at the start, a bit
 LEAST_SHARE = 1e-3  # of narrower widths, where losses follow from shares
-LEAST_PRICE = 1e-3  # of a bit, relative to the dearest: free bits have to be comparable too
 
 
 def learned(problem: Problem, method: Ebs) -> Scores:
@@ -26,11 +25,15 @@ def learned(problem: Problem, method: Ebs) -> Scores:
         "both" if method.level == "one" else "step", method.weights_share, method.warmup,
         method.strength_lr or None, method.strength_optimizer,
     )  # fmt: skip
-    balance = method.choice == "balance" and bool(problem.budgets)
-    return learn(
-        problem, method, lambda ground: EbsRelaxation(ground, method), schedule,
-        "loss, in shares of budgets" if balance else "negative logarithm of the strength",
-    )  # fmt: skip
+    unit = "loss, in shares of budgets"
+    if not balances(problem, method):
+        unit = "negative logarithm of the strength"
+    return learn(problem, method, lambda ground: EbsRelaxation(ground, method), schedule, unit)
+
+
+def balances(problem: Problem, method: Ebs) -> bool:
+    """Whether losses follow from where loss and price came to rest."""
+    return method.choice == "balance" and bool(problem.budgets)
 
 
 class EbsRelaxation(Relaxation):
@@ -102,8 +105,7 @@ class EbsRelaxation(Relaxation):
     def losses(self) -> Losses:
         """What each width loses; a tensor that several layers share, shares its loss out."""
         space, problem = self._ground.space, self._ground.problem
-        balance = self._method.choice == "balance" and bool(problem.budgets)
-        parts = self._balanced() if balance else self._likeliest()
+        parts = self._balanced() if balances(problem, self._method) else self._likeliest()
         keys = (space.weight_key, space.input_key)
         sizes: list[dict[str, int]] = [{}, {}]
         for size, key in zip(sizes, keys, strict=True):

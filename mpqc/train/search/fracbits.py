@@ -18,12 +18,11 @@ from mpqc.train.fake_quant import InputQuantizer, WeightQuantizer
 from mpqc.train.module import LayerHook, Product
 from mpqc.train.quantized_layer import Quantizers
 from mpqc.train.search.base import Ground, learn, open_trainer, place
-from mpqc.train.search.costs import joint, rounded
+from mpqc.train.search.costs import LEAST_PRICE, joint, rounded
 from mpqc.train.search.loop import Relaxation, Schedule
 from mpqc.train.search.mixed_layer import input_quantizers
 
 LEAST_REST = 0.25  # on the way to the next candidate, where losses follow from it
-LEAST_PRICE = 1e-3  # of a bit, relative to the dearest: free bits have to be comparable too
 
 
 def learned(problem: Problem, method: FracBits) -> Scores:

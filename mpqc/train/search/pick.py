@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mpqc.errors import BudgetError, UsageError
 from mpqc.graph import Precision
@@ -15,6 +17,7 @@ from mpqc.search.problem import Problem
 from mpqc.search.repair import filled, repair
 from mpqc.search.solve import Losses
 from mpqc.search.trained import TrainedSearch
+from mpqc.train.batches import Batch, TrainingSet
 from mpqc.train.loop import Teacher, find_device, run
 from mpqc.train.module import GraphModule
 from mpqc.train.search.base import open_trainer, place
@@ -35,15 +38,30 @@ def held_loss(trainer: PlanTrainer, module: GraphModule, teacher: Teacher) -> fl
     """
     if not len(trainer.held):
         raise UsageError("no samples are held out to measure on: give more data, or --validate")
+    return _mean_loss(trainer, module, _with_targets(trainer, teacher, trainer.held))
+
+
+Judged: TypeAlias = tuple[Batch, dict[str, Tensor] | None]
+"""Samples, and the float model's outputs if the loss asks for them."""
+
+
+def _with_targets(trainer: PlanTrainer, teacher: Teacher, samples: TrainingSet) -> Iterator[Judged]:
+    device, soft = find_device(trainer.device), trainer.objective.label_weight < 1
+    for batch in samples.batches(trainer.recipe.batch_size):
+        yield batch, teacher.anew(batch.to(device)) if soft else None
+
+
+def _mean_loss(trainer: PlanTrainer, module: GraphModule, judged: Iterable[Judged]) -> float:
+    """Over all samples, as compiled."""
     module.eval()
-    total, device = 0.0, find_device(trainer.device)
+    total, seen, device = 0.0, 0, find_device(trainer.device)
     with torch.no_grad():
-        for batch in trainer.held.batches(trainer.recipe.batch_size):
+        for batch, targets in judged:
             moved = batch.to(device)
-            targets = teacher.anew(moved) if trainer.objective.label_weight < 1 else None
             loss = trainer.objective.loss(run(module, moved), targets, moved.labels)
             total += float(loss) * len(batch.numbers)
-    return total / len(trainer.held)
+            seen += len(batch.numbers)
+    return total / max(1, seen)
 
 
 class Judge:
@@ -59,29 +77,16 @@ class Judge:
 
     def __init__(self, trainer: PlanTrainer, count: int = JUDGED) -> None:
         self._trainer = trainer
-        device = find_device(trainer.device)
         teacher = trainer.teacher()
         order = np.random.default_rng([trainer.recipe.seed, 7]).permutation(len(trainer.training))
         others = np.sort(order[: max(0, count - len(trainer.held))])
         rest = replace(trainer.training, chosen=trainer.training.chosen[others])
-        soft = trainer.objective.label_weight < 1
-        self._batches = [
-            (batch, teacher.anew(batch.to(device)) if soft else None)
-            for part in (trainer.held, rest)
-            for batch in part.batches(trainer.recipe.batch_size)
-        ]
+        parts = (trainer.held, rest)
+        self._judged = [one for part in parts for one in _with_targets(trainer, teacher, part)]
 
     def __call__(self, module: GraphModule) -> float:
         """Mean loss, as compiled."""
-        module.eval()
-        total, seen, device = 0.0, 0, find_device(self._trainer.device)
-        with torch.no_grad():
-            for batch, targets in self._batches:
-                moved = batch.to(device)
-                loss = self._trainer.objective.loss(run(module, moved), targets, moved.labels)
-                total += float(loss) * len(batch.numbers)
-                seen += len(batch.numbers)
-        return total / max(1, seen)
+        return _mean_loss(self._trainer, module, self._judged)
 
 
 def picked(
