@@ -71,6 +71,7 @@ def pareto_plot(builds: Sequence[Build], title: str, output: Path) -> None:
     pyplot.close(figure)
 
 
+_MARK = 8  # width of a point [pixels]
 # Offsets of a label from its point [points of the page], and which side of it is there.
 _PLACES = [
     (4 * side, step, "left" if side > 0 else "right")
@@ -80,8 +81,11 @@ _PLACES = [
 
 
 def _name_points(panel: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write names beside points, at the first place that no other name has."""
-    taken: list[Any] = []
+    """Write names beside points, at the first place that no other name and no point has."""
+    from matplotlib.transforms import Bbox
+
+    middles = panel.transData.transform([(x, y) for _, x, y in points]) if points else ()
+    taken = [Bbox.from_bounds(x - _MARK / 2, y - _MARK / 2, _MARK, _MARK) for x, y in middles]
     for name, x, y in points:
         for right, up, side in _PLACES:
             text = panel.annotate(
