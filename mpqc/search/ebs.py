@@ -47,7 +47,7 @@ class Ebs(TrainedSearch):
     warmup: float = 0.1
     level: Literal["one", "two"] = "one"
     weights_share: float = 0.5
-    samples: int = 8
+    samples: int = 16
     quantizer: Literal["dorefa", "lsq"] = "lsq"
     alpha: Literal["branch", "shared"] = "branch"
 

@@ -57,7 +57,7 @@ class FracBits(TrainedSearch):
     start: float = 0.5
     width_lr: float = 0.0
     warmup: float = 0.1
-    samples: int = 8
+    samples: int = 16
     quantizer: Literal["dorefa", "lsq"] = "lsq"
 
     def __post_init__(self) -> None:
