@@ -5,12 +5,14 @@ from typing import Literal
 
 from mpqc.errors import UsageError
 from mpqc.graph import Precision
+from mpqc.plan import Plan
 from mpqc.search.base import ScoreSearch
 from mpqc.search.eagl import equal_widths
 from mpqc.search.problem import Problem
 from mpqc.search.scores import Scores
 
 Metric = Literal["val_loss", "val_acc", "train_acc", "train_loss"]
+Groups = Literal["tensors", "layers"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Alps(ScoreSearch):
             many as ``--epochs`` says.
         metric: that a group's narrowing makes worse: the loss of training on held-out samples,
             accuracy there, or accuracy or loss in training.
+        groups: what one trial narrows: ``tensors``: weights or an input; ``layers``: both, to the
+            same width, as published.
+        samples: plans that are measured, rounded and not trained, to correct the losses for the
+            budget; 0: the knapsack's plan over them, as published.
     """
 
     needs = frozenset({"trainer"})
@@ -31,10 +37,14 @@ class Alps(ScoreSearch):
     epochs: float = 1.0
     start: float = 0.0
     metric: Metric = "val_loss"
+    groups: Groups = "tensors"
+    samples: int = 16
 
     def __post_init__(self) -> None:
         if not (self.epochs > 0 and self.start >= 0):
             raise UsageError("alps: epochs of a trial are positive, start is not negative")
+        if self.samples < 0:
+            raise UsageError("alps: samples is not negative")
 
     def scores(self, problem: Problem) -> Scores:
         if problem.trainer is None:
@@ -43,7 +53,7 @@ class Alps(ScoreSearch):
             )
         from mpqc.search.solve import solve
 
-        levels = group_levels(problem)
+        levels = tensor_levels(problem) if self.groups == "tensors" else group_levels(problem)
         even = losses_of(problem, levels, {})
         solve(problem, even)  # a budget that cannot be met is said before hours of training
         from mpqc.train.search.alps import measure
@@ -54,6 +64,13 @@ class Alps(ScoreSearch):
         drops = with_ties({t: max(0.0, worse * (v - reference)) for t, v in found.items()})
         unit = "loss gained" if loss else "accuracy lost"
         return Scores(losses_of(problem, levels, drops), f"{unit} in {self.epochs:g} epochs")
+
+    def plan(self, problem: Problem, scores: Scores) -> Plan:
+        if not (self.samples and problem.budgets):
+            return super().plan(problem, scores)
+        from mpqc.train.search.pick import picked
+
+        return problem.plan(picked(problem, self, scores.losses, self.samples), self.name())
 
 
 def with_ties(drops: "dict[Trial, float]") -> "dict[Trial, float]":
@@ -66,8 +83,12 @@ def with_ties(drops: "dict[Trial, float]") -> "dict[Trial, float]":
 
 
 Levels = dict[tuple[str, ...], dict[int, dict[str, Precision]]]
-"""Group -> width -> precision of each of its layers; the widest last."""
+"""Group -> width -> precision of each of its layers, others at their widest; the widest last.
+
+A group of a tensor is WEIGHTS or INPUT, then its layers.
+"""
 Trial = tuple[tuple[str, ...], int]
+WEIGHTS, INPUT = "weights of", "input of"
 
 
 def group_levels(problem: Problem) -> Levels:
@@ -91,6 +112,31 @@ def group_levels(problem: Problem) -> Levels:
     return made
 
 
+def tensor_levels(problem: Problem) -> Levels:
+    """What each weight tensor and each input can be narrowed to, one decision a tensor.
+
+    Where some pairs of widths are not allowed, those of ``group_levels``.
+    """
+    wide = {}
+    for name, row in problem.choices.items():
+        wide[name] = Precision(max(p.weight for p in row), max(p.activation for p in row))
+        if len(row) != len({p.weight for p in row}) * len({p.activation for p in row}):
+            return group_levels(problem)
+    tied = {name for tie in problem.ties for name in tie}
+    made: Levels = {}
+    for names in (*problem.ties, *((name,) for name in problem.choices if name not in tied)):
+        made[WEIGHTS, *names] = {
+            bits: {name: Precision(bits, wide[name].activation) for name in names}
+            for bits in sorted({p.weight for p in problem.choices[names[0]]})
+        }
+    for names in problem.groups:
+        made[INPUT, *names] = {
+            bits: {name: Precision(wide[name].weight, bits) for name in names}
+            for bits in sorted({p.activation for p in problem.choices[names[0]]})
+        }
+    return made
+
+
 def widest(levels: Levels) -> dict[str, Precision]:
     """Every layer at its highest level."""
     return {name: p for group in levels.values() for name, p in group[max(group)].items()}
@@ -101,9 +147,21 @@ def losses_of(
 ) -> dict[str, dict[Precision, float]]:
     """A group's loss, spread evenly over its layers, which share their level."""
     losses: dict[str, dict[Precision, float]] = {layer.name: {} for layer in problem.layers}
+    tensors: dict[tuple[str, str, int], float] = {}
     for group, rows in levels.items():
         for width, level in rows.items():
-            loss = drops.get((group, width), 0.0) / len(group)
+            loss = drops.get((group, width), 0.0) / len(level)
             for name, precision in level.items():
-                losses[name][precision] = min(loss, losses[name].get(precision, loss))
+                if group[0] in (WEIGHTS, INPUT):
+                    tensors[group[0], name, width] = loss
+                else:
+                    losses[name][precision] = min(loss, losses[name].get(precision, loss))
+    if tensors:
+        return {
+            name: {
+                p: tensors[WEIGHTS, name, p.weight] + tensors[INPUT, name, p.activation]
+                for p in row
+            }
+            for name, row in problem.choices.items()
+        }
     return losses

@@ -24,16 +24,14 @@ Measure: TypeAlias = Callable[[Widths], float]
 
 KIND, LEVEL, OWN, CELL = 0.7, 0.3, 0.4, 0.2  # standard deviations of what factors share
 NOISE = 0.05  # of a measured loss, relative: rounded on other samples, a plan's differs as much
-REACH = (
-    0.35  # of draws, in posterior standard deviations: whole ones are lost in so many dimensions
-)
+REACH = 0.7  # of draws, in standard deviations: with whole ones too much is tried at once
 LEAST_FACTOR = 0.05
 LEAST_LOSS = 0.03  # of the mean loss, falling by four a bit: so that no width is free
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor at one width; or a layer at one precision, where its loss is no sum of two.
+    """A tensor at one width; or a layer at one precision, where not all pairs are candidates.
 
     Attributes:
         kind: weights, inputs, layer.
@@ -69,7 +67,7 @@ class Beliefs:
 
     def __init__(self, problem: Problem, losses: Losses, base: float, unit: float = 1.0) -> None:
         self._known, self._base = losses, base
-        self._apart = all(_is_sum(row) for row in losses.values())
+        self._apart = all(_all_pairs(row) for row in losses.values())
         self.parts = _parts(problem, losses, self._apart)
         self.prior = unit * _least(self.parts, [self._learned(part) for part in self.parts])
         self._labels = [
@@ -141,18 +139,18 @@ class Beliefs:
         return found
 
     def _learned(self, part: Part) -> float:
-        """Over the widest."""
+        """Over the widest; of a tensor the mean over the widths of the other one."""
         total = 0.0
         for name in part.names:
             row = self._known[name]
-            wide = _widest(row)
             if isinstance(part.level, Precision):
-                precision = part.level
-            elif part.kind == "weights":
-                precision = Precision(part.level, wide.activation)
-            else:
-                precision = Precision(wide.weight, part.level)
-            total += row[precision] - row[wide]
+                total += row[part.level] - row[_widest(row)]
+                continue
+            found: dict[int, list[float]] = {}
+            for p, loss in row.items():
+                bits = p.weight if part.kind == "weights" else p.activation
+                found.setdefault(bits, []).append(loss)
+            total += float(np.mean(found[part.level]) - np.mean(found[max(found)]))
         return total
 
     def _covariance(self, vectors: Array) -> Array:
@@ -251,18 +249,9 @@ def _parts(problem: Problem, losses: Losses, apart: bool) -> list[Part]:
     ]
 
 
-def _is_sum(row: Mapping[Precision, float]) -> bool:
-    """Whether a layer's losses are those of its weights and those of its input, all pairs there."""
-    wide = _widest(row)
-    size = max(abs(loss) for loss in row.values())
-    for w in {p.weight for p in row}:
-        for a in {p.activation for p in row}:
-            if Precision(w, a) not in row:
-                return False
-            alone = row[Precision(w, wide.activation)] + row[Precision(wide.weight, a)]
-            if abs(row[Precision(w, a)] + row[wide] - alone) > 1e-6 * size:
-                return False
-    return True
+def _all_pairs(row: Mapping[Precision, float]) -> bool:
+    """Whether every weight width comes with every activation width."""
+    return len(row) == len({p.weight for p in row}) * len({p.activation for p in row})
 
 
 def _least(parts: list[Part], losses: list[float]) -> Array:

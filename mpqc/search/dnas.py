@@ -29,7 +29,9 @@ class Dnas(TrainedSearch):
         weights_share: of the samples for the weights; the rest is for the logits.
         samples: architectures drawn at the end, beside the most probable one; the one that loses
             least on held-out samples is kept.
-        short: epochs of training after which drawn architectures are compared; 0: rounded only.
+        short: epochs of training after which drawn architectures are compared, as published; 0:
+            ``samples`` plans are measured rounded, not trained, and correct what probabilities
+            say of widths.
         quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
             and PACT inputs.
     """
@@ -68,5 +70,8 @@ class Dnas(TrainedSearch):
         if not self.samples:
             return super().plan(problem, scores)
         from mpqc.train.search.dnas import chosen
+        from mpqc.train.search.pick import picked
 
-        return problem.plan(chosen(problem, self, scores), self.name())
+        if self.short:
+            return problem.plan(chosen(problem, self, scores), self.name())
+        return problem.plan(picked(problem, self, scores.losses, self.samples), self.name())

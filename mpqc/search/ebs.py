@@ -28,8 +28,8 @@ class Ebs(TrainedSearch):
         warmup: share of the epochs in which only weights learn.
         level: ``two``: strengths learn from samples of their own; ``one``: from the same batches.
         weights_share: of the samples for the weights, with two levels.
-        samples: plans drawn around the learned one; of all of them, the uniform one among them,
-            the best as it is rounded, not trained, is kept. 0: the learned one.
+        samples: plans that are measured, rounded and not trained, to correct what was learned;
+            0: the learned one.
         quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
             and PACT inputs.
         alpha: clips of PACT: one a width (``branch``), or one an input (``shared``).

@@ -42,8 +42,8 @@ class FracBits(TrainedSearch):
         width_lr: learning rate of the widths; 0: 0.01 bits a step, or more where the search is
             short.
         warmup: share of the epochs in which only weights learn.
-        samples: plans drawn around the learned one; of all of them, the uniform one among them,
-            the best as it is rounded, not trained, is kept. 0: the learned one. Widths of
+        samples: plans that are measured, rounded and not trained, to correct what was learned;
+            0: the learned one. Widths of
             channels follow the learned one.
         quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
             and PACT inputs.

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
 from mpqc.errors import UsageError
 from mpqc.graph import Precision
 from mpqc.search import load, precisions
-from mpqc.search.alps import Alps, group_levels, losses_of, widest, with_ties
+from mpqc.search.alps import Alps, group_levels, losses_of, tensor_levels, widest, with_ties
 from mpqc.search.constraints import Constraints
 from mpqc.search.problem import Problem
 from mpqc.search.solve import solve
@@ -58,6 +58,48 @@ def test_a_trial_narrows_one_group_of_the_trained_network() -> None:
         assert by_hand.train(narrow, 0.4) == value
 
 
+def test_a_trial_narrows_one_tensor_where_tensors_are_groups() -> None:
+    asked = problem()
+    levels = tensor_levels(asked)
+    assert levels["weights of", "main"] == {
+        2: {"main": Precision(2, 4)}, 4: {"main": Precision(4, 4)},
+    }  # fmt: skip
+    assert levels["input of", "main", "shortcut"] == {
+        2: {"main": Precision(4, 2), "shortcut": Precision(4, 2)},
+        4: {"main": Precision(4, 4), "shortcut": Precision(4, 4)},
+    }
+    assert list(levels["weights of", "first"].values()) == [{"first": Precision(8, 8)}]
+    assert widest(levels) == widest(group_levels(asked))
+    drops = {
+        (("weights of", "main"), 2): 0.25,
+        (("weights of", "shortcut"), 2): 0.5,
+        (("input of", "main", "shortcut"), 2): 1.0,
+    }
+    losses = losses_of(asked, levels, drops)
+    assert losses["main"] == {
+        Precision(2, 2): 0.75, Precision(2, 4): 0.25, Precision(4, 2): 0.5, Precision(4, 4): 0.0,
+    }  # fmt: skip
+    assert losses["shortcut"][Precision(2, 2)] == 1.0
+    assert all(losses[name].keys() == set(row) for name, row in asked.choices.items())
+
+
+def test_tied_weights_are_one_tensor() -> None:
+    tied = Constraints(tie=(("main", "pointwise"),))
+    levels = tensor_levels(replace(toy_problem(constraints=tied), trainer=toy_trainer()))
+    assert set(levels["weights of", "main", "pointwise"][2]) == {"main", "pointwise"}
+    assert ("weights of", "main") not in levels
+
+
+def test_pairs_that_are_no_grid_are_tried_by_layers() -> None:
+    asked = problem()
+    equal = {
+        name: tuple(p for p in row if p.weight == p.activation)
+        for name, row in asked.choices.items()
+    }
+    asked = replace(asked, choices=equal)
+    assert tensor_levels(asked) == group_levels(asked)
+
+
 def test_the_knapsack_is_that_of_brute_force() -> None:
     asked = between(problem(), {"bitops": 0.35})
     levels = group_levels(asked)
@@ -96,7 +138,7 @@ def test_other_metrics(metric: str) -> None:
 
 
 def test_another_budget_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = Alps(epochs=0.2, start=0.2)
+    method = Alps(epochs=0.2, start=0.2, samples=0)
     asked = between(problem(cache=tmp_path), {"bitops": 0.3})
     first = method(asked)
     monkeypatch.setattr(alps, "trial", None)
@@ -148,3 +190,5 @@ def test_groups_that_lose_nothing_use_the_budget() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(UsageError, match="positive"):
         Alps(epochs=0)
+    with pytest.raises(UsageError, match="not negative"):
+        Alps(samples=-1)

@@ -14,6 +14,7 @@ from mpqc.search import load, precisions
 from mpqc.search.constraints import Constraints
 from mpqc.search.dnas import Dnas
 from mpqc.search.problem import Problem
+from mpqc.search.scores import Scores
 from mpqc.search.testing import toy_problem
 from mpqc.train import GraphModule
 from mpqc.train.loop import TrainingDiverged
@@ -185,10 +186,7 @@ def test_drawn_plans_keep_the_budget_and_start_with_the_most_probable() -> None:
     assert plans == drawn(given, net.losses(), 6)
 
 
-@pytest.mark.parametrize("short", [0.5, 0.0])
-def test_the_best_of_the_drawn_plans_is_taken(
-    short: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_of_the_drawn_plans_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[dict[str, Precision]] = []
     trained: list[float] = []
 
@@ -198,14 +196,30 @@ def test_the_best_of_the_drawn_plans_is_taken(
         return 1.0 / len(tried)
 
     monkeypatch.setattr(dnas, "held_loss", held_loss)
-    monkeypatch.setattr(Judge, "__call__", lambda self, module: held_loss(None, module, None))
     monkeypatch.setattr(
         type(toy_trainer()), "fit", lambda self, module, epochs, *_: trained.append(epochs)
     )
-    plan = Dnas(samples=4, short=short)(problem())
+    plan = Dnas(samples=4, short=0.5)(problem())
     assert len(tried) > 1
     assert precisions(plan) == tried[-1]
-    assert trained == ([short] * len(tried) if short else [])
+    assert trained == [0.5] * len(tried)
+
+
+def test_plans_that_are_not_trained_are_measured_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+    exact = Judge.__call__
+
+    def watched(self: Judge, module: Any) -> float:
+        measured.append(exact(self, module))
+        return measured[-1]
+
+    monkeypatch.setattr(Judge, "__call__", watched)
+    monkeypatch.setattr(type(toy_trainer()), "fit", None)
+    scores = relaxed().losses()
+    monkeypatch.setattr(Dnas, "learned", lambda self, given: Scores(scores, "loss"))
+    plan = Dnas(samples=3, short=0)(problem())
+    assert problem().problems(precisions(plan)) == []
+    assert 3 < len(measured) <= 6
 
 
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,15 @@ class TestDnasSampled(TrainedContract):
     }
 
 
+@pytest.mark.slow
 class TestAlps(TrainedContract):
     method = "alps"
-    options = {"epochs": "0.2", "start": "0.2"}  # noqa: RUF012
+    options = {"epochs": "0.2", "start": "0.2", "groups": "layers", "samples": "0"}  # noqa: RUF012
+
+
+class TestAlpsOfTensors(TrainedContract):
+    method = "alps"
+    options = {"epochs": "0.2", "start": "0.2", "samples": "2"}  # noqa: RUF012
 
 
 class TestFracBits(TrainedContract):

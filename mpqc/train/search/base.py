@@ -23,6 +23,7 @@ import numpy as np
 from mpqc.calibration import Calibration
 from mpqc.errors import UsageError
 from mpqc.graph import Precision
+from mpqc.search.base import ScoreSearch
 from mpqc.search.cache import Ledger
 from mpqc.search.problem import Problem
 from mpqc.search.scores import Scores
@@ -143,7 +144,7 @@ def learn(
 
 
 def place(
-    problem: Problem, trainer: PlanTrainer, method: TrainedSearch
+    problem: Problem, trainer: PlanTrainer, method: ScoreSearch
 ) -> tuple[Path | None, dict[str, str]]:
     """File of the checkpoint, and what has to be the same to go on from it."""
     if problem.cache is None:

@@ -23,7 +23,7 @@ from mpqc.train.quantized_layer import Quantizers
 from mpqc.train.search.base import Ground, learn, open_trainer, place
 from mpqc.train.search.loop import Relaxation, Schedule
 from mpqc.train.search.mixed_layer import gumbel_softmax, input_quantizers, mixed
-from mpqc.train.search.pick import Judge, held_loss
+from mpqc.train.search.pick import held_loss
 
 Mask: TypeAlias = Callable[[], Tensor]
 """The mask of a layer as drawn last: float32 [precisions], sum 1."""
@@ -317,16 +317,14 @@ def chosen(problem: Problem, method: Dnas, scores: Scores) -> dict[str, Precisio
     path, _ = place(problem, trainer, method)
     known = Ledger(None if path is None else path.with_suffix(".samples.jsonl"))
     teacher = trainer.teacher()
-    judge = Judge(trainer) if not method.short else None
     best: tuple[float, dict[str, Precision]] | None = None
     for number, widths in enumerate(plans):
         name = json.dumps([str(precision) for precision in widths.values()])
         if name not in known:
             problem.progress("dnas, architectures", number, len(plans))
             module = trainer.network(trainer.plan(widths), trainer.checkpoint)
-            if method.short > 0:
-                trainer.fit(module, method.short, teacher)
-            known[name] = judge(module) if judge else held_loss(trainer, module, teacher)
+            trainer.fit(module, method.short, teacher)
+            known[name] = held_loss(trainer, module, teacher)
         if best is None or known[name] < best[0]:
             best = known[name], widths
     assert best is not None

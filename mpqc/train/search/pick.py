@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mpqc.errors import UsageError
 from mpqc.graph import Precision
+from mpqc.search.base import ScoreSearch
 from mpqc.search.beliefs import measured_plan
 from mpqc.search.cache import Ledger
 from mpqc.search.problem import Problem, Widths
 from mpqc.search.solve import Losses
-from mpqc.search.trained import TrainedSearch
 from mpqc.train.batches import Batch, TrainingSet
 from mpqc.train.loop import Teacher, find_device, run
 from mpqc.train.module import GraphModule
@@ -89,7 +89,7 @@ class Judge:
 
 
 def picked(
-    problem: Problem, method: TrainedSearch, losses: Losses, count: int
+    problem: Problem, method: ScoreSearch, losses: Losses, count: int
 ) -> dict[str, Precision]:
     """The plan that loses least, rounded as fine-tuning would start; see ``measured_plan``.
 
