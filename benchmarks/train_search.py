@@ -32,7 +32,7 @@ REDUCED = {
     "samples": 3200, "seeds": "0", "epochs": 4.0, "tune": 1.5, "augment": "flip",
     "batch_size": 32, "widths": "1,2,3,4", "budgets": "bitops=w2a2,bitops=w3a3",
     "methods": "uniform,sensitivity,ebs,fracbits,alps,dnas",
-    "option": ["alps.epochs=0.1", "alps.start=1", "dnas.share_weights=true", "dnas.samples=8",
+    "option": ["alps.epochs=0.1", "alps.start=1", "dnas.share_weights=true", "dnas.samples=16",
                "dnas.short=0"],
 }  # fmt: skip
 BUDGETS = "bitops=w2a2,bitops=w3a3,bitops=w4a4,size=w2a2,size=w3a3,size=w4a4"
@@ -138,17 +138,29 @@ def verdicts(trainer: Any, module: Any) -> Any:
     return torch.cat(found).numpy()
 
 
-def against(point: Point, other: Point) -> tuple[float, float]:
-    """Difference of accuracies and its standard error, from the same pictures, in percent."""
+def against(points: Sequence[Point], others: Sequence[Point]) -> tuple[float, float]:
+    """Mean difference of accuracies and its standard error, from the same pictures, in percent.
+
+    Pictures are what is drawn: what seeds differ in is averaged for each picture first.
+
+    Args:
+        points: of several seeds.
+        others: of the same seeds.
+    """
     import numpy as np
 
-    one, two = (
-        np.unpackbits(np.frombuffer(bytes.fromhex(p.right), np.uint8)).astype(float)
-        for p in (point, other)
-    )
-    share = (point.accuracy or 0.0) - (other.accuracy or 0.0)
-    count = max(1.0, round(one.sum() / point.accuracy)) if point.accuracy else float(len(one))
-    return 100 * share, 100 * float(np.sqrt(np.square(one - two).sum())) / count
+    def rights(chosen: Sequence[Point]) -> Any:
+        each = [
+            np.unpackbits(np.frombuffer(bytes.fromhex(point.right), np.uint8)).astype(float)
+            for point in chosen
+        ]
+        return np.mean(each, 0)
+
+    first = points[0]
+    right = np.unpackbits(np.frombuffer(bytes.fromhex(first.right), np.uint8)).sum()
+    count = round(right / first.accuracy) if first.accuracy else 8 * len(first.right) // 2
+    apart = rights(points) - rights(others)
+    return 100 * float(apart.sum()) / count, 100 * float(np.sqrt(np.square(apart).sum())) / count
 
 
 def measure(setting: Setting, task: Task) -> Point:
@@ -253,9 +265,8 @@ def _beside(good: Sequence[Point], points: Sequence[Point]) -> str:
     pairs = [(p, same[p.budget, p.seed]) for p in good if p.right and (p.budget, p.seed) in same]
     if not pairs or good[0].method == "uniform":
         return ""
-    found = [against(p, other) for p, other in pairs]
-    error = (statistics.fmean(e * e for _, e in found) / len(found)) ** 0.5
-    return f"{statistics.fmean(d for d, _ in found):+.1f} ± {error:.1f}"
+    mean, error = against([p for p, _ in pairs], [other for _, other in pairs])
+    return f"{mean:+.1f} ± {error:.1f}"
 
 
 def plot(points: Sequence[Point], title: str, path: Path) -> None:

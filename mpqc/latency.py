@@ -270,10 +270,6 @@ class LatencyTable:
 
         return LatencyModel.fit([e for e in self.entries if e.measured in MEASURED and e.geometry])
 
-    def knows(self, geometry: Geometry) -> bool:
-        """Whether the geometry was measured at any width."""
-        return geometry in self._kinds
-
     def decides(self, geometry: Geometry, kernel: str) -> bool:
         """Whether a kind of kernel that is expected to be fastest was measured, at any width.
 

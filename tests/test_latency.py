@@ -202,7 +202,8 @@ def test_what_was_not_measured_is_marked() -> None:
     assert made.seconds(CONV, FOUR, "Affine to float32")[1] is False
     # a shape that nobody measured
     assert made.seconds(replace(CONV, out_channels=64), FOUR)[1] is False
-    assert not made.knows(DENSE)
+    assert made.decides(CONV, "int8")
+    assert not made.decides(DENSE, "int8")
 
 
 def test_rows_of_a_model_are_no_measurements() -> None:

@@ -166,13 +166,14 @@ class CudaSelector:
     def _fastest(
         self, where: Geometry, precision: Precision, rates: Mapping[str, float]
     ) -> tuple[str, str]:
-        """Kind, and what says so: a table that knows the layer's shape, else the model."""
+        """Kind, and what says so: a table that has measured what the model expects, or the model."""
         table = self.asked.table
-        if table is not None and table.knows(where):
+        expected = max(rates, key=rates.__getitem__)
+        if table is not None and table.decides(where, expected):
             kind, measured = table.best_kernel(where, precision)
             if kind in rates:
                 return kind, "measured" if measured else "model"
-        return max(rates, key=rates.__getitem__), "model"
+        return expected, "model"
 
     def _variant(self, rates: Mapping[str, float], row: Entry | None) -> str:
         """The candidate's, the fastest of those measured, or the fastest by the model."""

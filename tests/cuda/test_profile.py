@@ -14,7 +14,7 @@ from mpqc.cli import app
 from mpqc.cuda import measure, toolkit
 from mpqc.cuda.select import CudaChoice, candidates
 from mpqc.errors import ArtifactError, EnvironmentLacks, UsageError
-from mpqc.graph import Precision
+from mpqc.graph import Graph, Node, Precision
 from mpqc.importer import sha256
 from mpqc.latency import Conditions, Entry, LatencyTable, cached_path, table_path
 from mpqc.passes.base import run
@@ -102,11 +102,19 @@ def test_the_compiler_takes_what_was_fastest(found: Profile, gpu: Emulator, tmp_
     assert "mma-s8" not in variants
 
 
-def row_of(selector: Selector, kernel: str, variant: str, tile: str) -> tuple[LatencyTable, Any]:
+def _convolution() -> tuple[Graph, Node]:
     graph = run(convolution((1, 64, 12, 11), 64), ChannelsLast())
-    node = next(node for node in graph if node.op == "IntConv")
+    return graph, next(node for node in graph if node.op == "IntConv")
+
+
+def row_of(
+    selector: Selector, kernel: str, variant: str, tile: str, others: tuple[str, ...] = ()
+) -> tuple[LatencyTable, Any]:
+    """What a layer gets when one form of a kernel was measured, and slower ones of others."""
+    graph, node = _convolution()
     row = Entry(node_geometry(graph, node), "x", 2, 2, kernel, variant, tile, 1e-6, 1e-6)
-    table = LatencyTable(Conditions(SM86.name, "g", 1, "v"), (row,))
+    slower = [replace(row, kernel=other, variant="slow", seconds_min=9e-6) for other in others]
+    table = LatencyTable(Conditions(SM86.name, "g", 1, "v"), (row, *slower))
     return table, replace(selector, table=table).choose(graph, node)
 
 
@@ -120,16 +128,25 @@ def row_of(selector: Selector, kernel: str, variant: str, tile: str) -> tuple[La
 def test_instruction_and_tile_are_those_that_were_fastest(
     kernel: str, variant: str, tile: str
 ) -> None:
-    _, choice = row_of(Selector(SM86), kernel, variant, tile)
+    other = "int8" if kernel == "bitplane" else "bitplane"
+    _, choice = row_of(Selector(SM86), kernel, variant, tile, (other,))
     assert isinstance(choice, CudaChoice)
     assert choice.blocks is not None
     assert (choice.kind, choice.variant, choice.blocks.name) == (kernel, variant, tile)
     assert choice.chosen == "measured"
     assert choice.blocks.mma == variant.startswith("mma")
     # what no layer can have is not taken from a table
-    _, choice = row_of(Selector(SM86), kernel, "wgmma", "7x7x7")
+    _, choice = row_of(Selector(SM86), kernel, "wgmma", "7x7x7", (other,))
     assert choice.variant != "wgmma"
     assert choice.blocks is not None
+
+
+def test_a_table_without_the_kernel_that_is_expected_does_not_decide() -> None:
+    """As a tuning leaves it that was stopped: the other kernel was not shown to be faster."""
+    model = Selector(SM86).choose(*_convolution())
+    assert model.kind == "bitplane"
+    _, choice = row_of(Selector(SM86), "int8", "dp4a", "64x32x32")
+    assert (choice.kind, choice.chosen) == ("bitplane", "model")
 
 
 @pytest.mark.slow
