@@ -166,7 +166,7 @@ class CudaSelector:
     def _fastest(
         self, where: Geometry, precision: Precision, rates: Mapping[str, float]
     ) -> tuple[str, str]:
-        """Kind, and what says so: a table that has measured what the model expects, or the model."""
+        """Kind, and what says so: a table that measured what the model expects, or the model."""
         table = self.asked.table
         expected = max(rates, key=rates.__getitem__)
         if table is not None and table.decides(where, expected):
