@@ -98,9 +98,9 @@ class Beliefs:
         if not self._told:
             return plain if rng is None else plain + REACH * self._drawn(rng)
         told = np.array(self._told)
-        error = NOISE * float(np.mean(self._measured))
+        error = NOISE * float(np.mean(np.abs(self._measured)))
         spread = self._covariance(told.T)
-        inverse = np.linalg.inv(told @ spread + error**2 * np.eye(len(told)))
+        inverse = np.linalg.pinv(told @ spread + error**2 * np.eye(len(told)))
         gain = spread @ inverse
         likely: Array = plain + gain @ (np.array(self._measured) - self._base - told @ plain)
         if rng is None:

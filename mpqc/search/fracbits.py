@@ -43,8 +43,7 @@ class FracBits(TrainedSearch):
             short.
         warmup: share of the epochs in which only weights learn.
         samples: plans that are measured, rounded and not trained, to correct what was learned;
-            0: the learned one. Widths of
-            channels follow the learned one.
+            0: the learned one. Widths of channels follow the learned one.
         quantizer: ``lsq``: learned steps, as ``mpqc finetune`` takes; ``dorefa``: DoReFa weights
             and PACT inputs.
     """

@@ -185,3 +185,10 @@ def test_shared_tensors_are_one_part() -> None:
     tied = {part.names for part in parts if part.kind == "weights" and len(part.names) > 1}
     assert tied == {("main", "pointwise")}
     assert {part.names for part in parts if part.kind == "inputs"} == set(asked.groups)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.0, -1.0])
+def test_plans_that_all_lose_the_same_are_no_trouble(loss: float) -> None:
+    asked = toy_problem("bitops=w3a3")
+    found = measured_plan(asked, learned(asked), 4, lambda widths: loss)
+    assert asked.problems(found) == []
