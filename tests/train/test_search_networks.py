@@ -21,14 +21,17 @@ from mpqc.train.trainer import PlanTrainer
 from tests.train.test_quantized_layer import BLOCK
 
 METHODS = {
-    "ebs": {"quantizer": "lsq"},
+    "ebs": {"samples": "2"},
     "dnas": {"samples": "0", "share_weights": "true", "weights_share": "0.5"},
-    "fracbits": {},
+    "fracbits": {"samples": "2"},
     "fracbits by channel": {"granularity": "kernel", "prune": "true", "quantizer": "lsq"},
+    "alps": {"epochs": "0.5", "start": "0.5", "metric": "train_loss", "samples": "2"},
 }
 
 
-def search(graph: Graph, method: str, batch: int, count: int) -> Plan:
+def search(
+    graph: Graph, method: str, batch: int, count: int, widths: tuple[int, ...] = (2, 4, 8)
+) -> Plan:
     """A few steps on random samples; the plan keeps its budget."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Array] = {
@@ -44,7 +47,7 @@ def search(graph: Graph, method: str, batch: int, count: int) -> Plan:
     )  # fmt: skip
     labels: list[str] = []
     problem = make_problem(
-        flat, parse_budgets("bitops=w4a4"), (2, 4, 8), trainer=trainer,
+        flat, parse_budgets("bitops=w4a4"), widths, trainer=trainer,
         progress=lambda label, done, total: labels.append(label),
     )  # fmt: skip
     name = method.partition(" ")[0]
@@ -64,4 +67,5 @@ def test_a_transformer_block(method: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_mobilenet_v2(method: str, shared_models: Path) -> None:
-    search(load_graph(shared_models / "mobilenet_v2_1.0_224.onnx"), method, 2, 8)
+    widths = (2, 4) if method == "alps" else (2, 4, 8)  # a trial for each tensor and narrower width
+    search(load_graph(shared_models / "mobilenet_v2_1.0_224.onnx"), method, 2, 8, widths)
