@@ -3,14 +3,14 @@
     python -m benchmarks.train_search MODEL --train train.npz --test test.npz [--preprocess p.toml]
         [--methods uniform,eagl,alps,dnas,ebs,fracbits] [--budgets bitops=w2a2,size=w2a2,...]
         [--epochs 20] [--tune 60] [--seeds 0,1,2] [--device cuda] [--jobs 2] [--reduced]
-        [--option alps.epochs=0.1]... [-o FOLDER] [--markdown docs/train/results.md]
+        [--option alps.epochs=0.1]... [--measured] [-o FOLDER] [--markdown docs/train/results.md]
 
 All start from the same float model and see the same training samples. A point is a search and the
 fine-tuning of its plan; accuracy is of the trained integers on all test pictures. Points go through
 joblib (``--jobs``, ``--backend``), and each is a file as soon as it is measured: a second run goes
-on where the first stopped. ``--reduced`` is for CPUs: less of everything, and it says so; whatever
-else is given holds. Writes train_search.json, a plot, and a table into the section
-``<!-- train_search MODEL -->``.
+on where the first stopped; ``--measured`` shows what there is. ``--reduced`` is for CPUs: less of
+everything, and it says so; whatever else is given holds. Writes train_search.json, a plot, and a
+table into the section ``<!-- train_search MODEL -->``.
 """
 
 import argparse
@@ -241,20 +241,20 @@ def table(points: Sequence[Point]) -> str:
         here = [p for p in points if (p.method, p.budget) == (method, budget)]
         good = [p for p in here if p.accuracy is not None]
         if not good:
-            rows.append([method, budget, "no plan fits", "", "", "", "", "", ""])
+            rows.append([method, budget, str(len(here)), "no plan fits", "", "", "", "", "", ""])
             continue
         untrained = statistics.fmean(100 * (p.before or 0) for p in good)
         found = [100 * (p.accuracy or 0) for p in good]
         spread = f" ± {statistics.stdev(found):.1f}" if len(good) > 1 else ""
         rows.append([
-            method, budget, f"{statistics.fmean(found):.1f}{spread}",
+            method, budget, str(len(here)), f"{statistics.fmean(found):.1f}{spread}",
             _beside(good, points), f"{untrained:.1f}",
             f"{statistics.fmean(p.cost['bitops'] for p in good) / 1e6:.0f}",
             f"{statistics.fmean(p.cost['size'] for p in good) / 1e3:.1f}",
             f"{statistics.fmean(p.search_s for p in good):.0f}",
             f"{statistics.fmean(p.tune_s for p in good):.0f}",
         ])  # fmt: skip
-    head = ["method", "budget", "top-1 [%]", "over uniform", "untrained [%]", "MBitOPs",
+    head = ["method", "budget", "seeds", "top-1 [%]", "over uniform", "untrained [%]", "MBitOPs",
             "weights [kB]", "search [s]", "fine-tuning [s]"]  # fmt: skip
     return report.table(head, rows)
 
@@ -270,14 +270,19 @@ def _beside(good: Sequence[Point], points: Sequence[Point]) -> str:
 
 
 def plot(points: Sequence[Point], title: str, path: Path) -> None:
-    """Accuracy of each method at each budget; nothing where matplotlib is missing."""
+    """Mean accuracy of each method at each budget; nothing where matplotlib is missing."""
     groups = list(dict.fromkeys(p.budget for p in points))
     values = {}
     for method in dict.fromkeys(p.method for p in points):
-        row = {p.budget: 100 * (p.accuracy or 0) for p in points if p.method == method}
-        values[method] = [row.get(budget, 0.0) for budget in groups]
+        values[method] = [_mean(points, method, budget) for budget in groups]
     if values:
         report.bars(path, groups, values, f"top-1 [%], {title}")
+
+
+def _mean(points: Sequence[Point], method: str, budget: str) -> float:
+    """Accuracy over seeds, in percent; 0 where no plan fits."""
+    found = [p.accuracy or 0.0 for p in points if (p.method, p.budget) == (method, budget)]
+    return 100 * statistics.fmean(found or [0.0])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -302,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--backend")
     parser.add_argument("--option", action="append", metavar="METHOD.NAME=VALUE")
+    parser.add_argument("--measured", action="store_true", help="only points of earlier runs")
     parser.add_argument(
         "--reduced", action="store_true",
         help=", ".join(f"{name} {value}" for name, value in REDUCED.items()),
@@ -322,12 +328,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in given.methods.split(",")
         for seed in given.seeds.split(",")
     ]
+    if given.measured:
+        tasks = [task for task in tasks if setting.file(task).exists()]
     try:
         points = run(setting, tasks, given.backend, given.jobs)
     except MpqcError as error:
         print(error, file=sys.stderr)
         return 2
-    note = f"{len(given.seeds.split(','))} seed(s), {given.tune:g} epochs of fine-tuning"
+    note = f"{given.tune:g} epochs of fine-tuning"
     if given.reduced:
         note += (
             f", REDUCED: {given.samples} training samples in batches of {given.batch_size}, "

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason='training needs "mpqc[train]"')
@@ -30,11 +31,29 @@ def test_a_table_that_a_second_run_only_reads(
         assert point["cost"]["bitops"] <= point["cost"]["limit"]
         assert point["accuracy"] > 0.9
     assert "REDUCED: 180 training samples in batches of 20" in document.read_text()
-    assert "| uniform | bitops=w3a3 |" in document.read_text()
+    assert "| uniform | bitops=w3a3 |     1 |" in document.read_text()
     assert (tmp_path / "out/train_search.png").exists()
     monkeypatch.setattr(train_search, "measure", None)
     assert train_search.main(words) == 0
     assert json.loads((tmp_path / "out/train_search.json").read_text()) == found
+    assert train_search.main([*words, "--seeds", "0,1", "--measured"]) == 0
+    assert json.loads((tmp_path / "out/train_search.json").read_text())["points"] == found["points"]
+
+
+def test_differences_count_pictures_once_for_all_seeds() -> None:
+    """Two seeds that differ on the same picture tell no more of it than one."""
+
+    def point(seed: int, right: list[int]) -> train_search.Point:
+        bits = np.packbits(np.array(right, np.uint8)).tobytes().hex()
+        share = sum(right) / len(right)
+        return train_search.Point("m", "b", seed, {}, (), share, share, 0.0, 0.0, bits)
+
+    ours = [point(0, [1, 1, 1, 1, 0, 0, 0, 0]), point(1, [1, 1, 1, 1, 0, 0, 0, 0])]
+    others = [point(0, [1, 1, 0, 0, 0, 0, 0, 1]), point(1, [1, 1, 0, 0, 0, 0, 0, 1])]
+    mean, error = train_search.against(ours, others)
+    assert mean == pytest.approx(12.5)
+    assert error == pytest.approx(100 * 3**0.5 / 8)
+    assert train_search.against(ours[:1], others[:1]) == pytest.approx((mean, error))
 
 
 def test_budgets_that_nothing_keeps_are_rows_too(demo: Files, tmp_path: Path) -> None:
