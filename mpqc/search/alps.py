@@ -13,6 +13,7 @@ from mpqc.search.scores import Scores
 
 Metric = Literal["val_loss", "val_acc", "train_acc", "train_loss"]
 Groups = Literal["tensors", "layers"]
+TRUST = 0.4  # in single trials: a group that lost nothing by luck does lose
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Alps(ScoreSearch):
             return super().plan(problem, scores)
         from mpqc.train.search.pick import picked
 
-        return problem.plan(picked(problem, self, scores.losses, self.samples), self.name())
+        widths = picked(problem, self, scores.losses, self.samples, TRUST)
+        return problem.plan(widths, self.name())
 
 
 def with_ties(drops: "dict[Trial, float]") -> "dict[Trial, float]":

@@ -63,13 +63,22 @@ class Beliefs:
         losses: what a search learned, in any unit.
         base: loss of the widest plan.
         unit: of the losses, in that of measured ones.
+        trust: in what was learned; the rest is what such widths lose on the average.
     """
 
-    def __init__(self, problem: Problem, losses: Losses, base: float, unit: float = 1.0) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        losses: Losses,
+        base: float,
+        unit: float = 1.0,
+        trust: float = 1.0,
+    ) -> None:
         self._known, self._base = losses, base
         self._apart = all(_all_pairs(row) for row in losses.values())
         self.parts = _parts(problem, losses, self._apart)
-        self.prior = unit * _least(self.parts, [self._learned(part) for part in self.parts])
+        known = [self._learned(part) for part in self.parts]
+        self.prior = unit * _blended(self.parts, known, trust)
         self._labels = [
             (share, _numbered([key(part) for part in self.parts]))
             for share, key in (
@@ -171,7 +180,7 @@ class Beliefs:
 
 
 def measured_plan(
-    problem: Problem, losses: Losses, count: int, measure: Measure
+    problem: Problem, losses: Losses, count: int, measure: Measure, trust: float = 1.0
 ) -> dict[str, Precision]:
     """The plan that loses least, as far as measured plans tell.
 
@@ -186,6 +195,8 @@ def measured_plan(
         count: of plans measured beside those three, at most; 0: the plan of least learned loss,
             nothing is measured.
         measure: of a plan, maybe expensive.
+        trust: in the learned losses, from 0 to 1; less for methods whose losses are noisy, so
+            that a tensor that seems to lose nothing can be found to lose.
     """
     learned = repair(problem, losses)
     if not count:
@@ -197,10 +208,10 @@ def measured_plan(
     first = [measure(widths) for widths in tried]
     if not np.isfinite([base, *first]).all():
         return tried[int(np.argmin(first))]
-    beliefs = Beliefs(problem, losses, base)
+    beliefs = Beliefs(problem, losses, base, trust=trust)
     whole = float(beliefs.prior @ [part.taken(learned) for part in beliefs.parts])
     unit = max(first[0] - base, NOISE * first[0]) / whole if whole > 0 and first[0] > 0 else 1.0
-    beliefs = Beliefs(problem, losses, base, unit)
+    beliefs = Beliefs(problem, losses, base, unit, trust)
     for widths, loss in zip(tried, first, strict=True):
         beliefs.tell(widths, loss)
     rng = np.random.default_rng([problem.seed, 6])
@@ -254,8 +265,8 @@ def _all_pairs(row: Mapping[Precision, float]) -> bool:
     return len(row) == len({p.weight for p in row}) * len({p.activation for p in row})
 
 
-def _least(parts: list[Part], losses: list[float]) -> Array:
-    """Losses, none of them below a share of what such widths lose on the average."""
+def _blended(parts: list[Part], losses: list[float], trust: float) -> Array:
+    """Losses, mixed with what such widths lose on the average, of which each has a share."""
     level = {part: _power(part) for part in parts}
     wide: dict[tuple[str, tuple[str, ...]], float] = {}
     for part in parts:
@@ -264,8 +275,10 @@ def _least(parts: list[Part], losses: list[float]) -> Array:
     shape = np.array([level[part] - wide[part.kind, part.names] for part in parts])
     known = np.maximum(losses, 0.0)
     mean = known.sum() / shape.sum() if shape.sum() > 0 else 0.0
-    found: Array = np.maximum(known, LEAST_LOSS * mean * shape if mean > 0 else shape)
-    return found
+    if not mean > 0:
+        return shape
+    found: Array = np.maximum(trust * known, LEAST_LOSS * mean * shape)
+    return found + (1 - trust) * mean * shape
 
 
 def _power(part: Part) -> float:

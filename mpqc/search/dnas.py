@@ -9,6 +9,8 @@ from mpqc.search.problem import Problem
 from mpqc.search.scores import Scores
 from mpqc.search.trained import TrainedSearch
 
+TRUST = 0.4  # in probabilities, which say little of widths that are hardly drawn
+
 
 @dataclass(frozen=True)
 class Dnas(TrainedSearch):
@@ -74,4 +76,5 @@ class Dnas(TrainedSearch):
 
         if self.short:
             return problem.plan(chosen(problem, self, scores), self.name())
-        return problem.plan(picked(problem, self, scores.losses, self.samples), self.name())
+        widths = picked(problem, self, scores.losses, self.samples, TRUST)
+        return problem.plan(widths, self.name())

@@ -161,6 +161,19 @@ def test_losses_of_zero_and_below_still_tell_widths_apart() -> None:
         assert all(row[narrow] > row[wide] for row in rows.values() if narrow in row)
 
 
+def test_a_tensor_that_seems_to_lose_nothing_can_be_found_to_lose() -> None:
+    """Without full trust in a loss of nearly zero, few measurements put it right."""
+    asked = toy_problem("bitops=w3a3")
+    truth = Truth(learned(asked), 1.0, 1.0)
+    wrong = {
+        name: {p: loss * (1e-4 if name == "main" else 1.0) for p, loss in row.items()}
+        for name, row in learned(asked).items()
+    }
+    best = truth.of(solve(asked, truth.losses))
+    full, some = (truth.of(measured_plan(asked, wrong, 8, truth, t)) for t in (1.0, 0.4))
+    assert best <= some < full
+
+
 def test_a_plan_that_cannot_be_measured_is_not_taken() -> None:
     asked = toy_problem("bitops=w3a3")
     truth = Truth(learned(asked), 0.3, 2.0)

@@ -89,7 +89,7 @@ class Judge:
 
 
 def picked(
-    problem: Problem, method: ScoreSearch, losses: Losses, count: int
+    problem: Problem, method: ScoreSearch, losses: Losses, count: int, trust: float = 1.0
 ) -> dict[str, Precision]:
     """The plan that loses least, rounded as fine-tuning would start; see ``measured_plan``.
 
@@ -99,6 +99,7 @@ def picked(
         losses: of layers, as learned.
         count: of plans measured beside the learned, the uniform and the widest one; 0: the
             learned one.
+        trust: in the learned losses.
     """
     trainer = open_trainer(problem, method.name())
     path, _ = place(problem, trainer, method)
@@ -117,4 +118,4 @@ def picked(
         problem.progress(f"{method.name()}, plans", done, count + 3)
         return known[name] if math.isfinite(known[name]) else math.inf
 
-    return measured_plan(problem, losses, count, measured)
+    return measured_plan(problem, losses, count, measured, trust)
