@@ -135,9 +135,8 @@ class Selector:
         weight = graph.constants[node.inputs[1]]
         asked = self.by_layer.get(node.name, "auto")
         asked = self.kernel if asked == "auto" else asked
-        stays = stays_in_cache(graph)
-        multiplies = _int8_multiplies(layer, weight, self.target, stays)
-        rates = expected_rates(layer, multiplies[0], self.target, stays)
+        multiplies = _int8_multiplies(layer, weight, self.target)
+        rates = expected_rates(layer, multiplies[0], self.target)
         coded = has_codes(node, weight)
         if not coded:
             rates = {"int8": rates["int8"]}
@@ -232,25 +231,15 @@ def has_codes(node: Node, weight: Array) -> bool:
     return bool(-half <= weight.min() and weight.max() < half)
 
 
-def stays_in_cache(graph: Graph) -> bool:
-    """Whether the weights of all layers stay in L2 from run to run, whatever their kernels."""
-    products = (node for node in graph if node.op in ("IntConv", "IntMatMul"))
-    return sum(graph.constants[node.inputs[1]].size for node in products) <= _SMALL
-
-
-def _int8_multiplies(
-    layer: Layer, weight: Array, target: Target, stays: bool = False
-) -> list[Multiply]:
+def _int8_multiplies(layer: Layer, weight: Array, target: Target) -> list[Multiply]:
     """Ways that are exact for these weights, the fastest by the model first."""
     variant, chunk = _direct_variant(layer, weight, target)
-    direct = Multiply(variant, _direct_rate(layer, variant, chunk, target, stays), chunk)
-    found = [direct, *_winograd_multiplies(layer, weight, target, stays)]
+    direct = Multiply(variant, _direct_rate(layer, variant, chunk, target), chunk)
+    found = [direct, *_winograd_multiplies(layer, weight, target)]
     return sorted(found, key=lambda multiply: -multiply.rate)
 
 
-def _winograd_multiplies(
-    layer: Layer, weight: Array, target: Target, stays: bool
-) -> list[Multiply]:
+def _winograd_multiplies(layer: Layer, weight: Array, target: Target) -> list[Multiply]:
     """Winograd variants that are exact: no sum leaves its integer type, whatever the codes."""
     w, channels = layer.window, layer.image[3]
     plain = (w.kh, w.kw, w.sy, w.sx, w.dy, w.dx) == (3, 3, 1, 1, 1, 1) and layer.groups == 1
@@ -269,20 +258,19 @@ def _winograd_multiplies(
         elif chunk := winograd.half_chunk(weight, bits):
             found.append((f"vpmaddubsw{width}", chunk))
     return [
-        Multiply(WINOGRAD + name, _winograd_rate(layer, name, chunk, target, stays), chunk)
+        Multiply(WINOGRAD + name, _winograd_rate(layer, name, chunk, target), chunk)
         for name, chunk in found
     ]
 
 
 _STREAM = 5.0  # bytes of weights a cycle that one core reads from beyond L2
-_SMALL = 65536  # weights of a network that L2 keeps, also as Winograd's 16 int16 for 9 of them
 WORTH_WINOGRAD = 1.15  # times the speed that pay for weights of up to 3.6 times the size
 # Cycles of 256-bit vectors, a 2x2 tile: output transform by channel, input transform by channel.
 _WINOGRAD_OUTPUT, _WINOGRAD_IMAGE = 1.7, 2.0
 _ODD_COLUMNS = 1.2  # times the products' cycles where 2x2 tiles of a row do not pair
 
 
-def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target, stays: bool) -> float:
+def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target) -> float:
     w, inside, out = layer.window, layer.image[3], layer.out_channels
     filled = w.oh * w.ow / (4 * -(-w.oh // 2) * -(-w.ow // 2))
     wide = 256 / target.vector_bits
@@ -293,13 +281,11 @@ def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target, stays: b
     lanes = min(1.0, out / (target.vector_bits / 32))
     rate = 36 * inside * out * filled * lanes / (inner + around)
     stored = 16 * inside * out * (2 if DOTS[name].weight == "int16" else 1)
-    return _streamed(rate, layer, stored, stays)
+    return _streamed(rate, layer, stored)
 
 
-def _streamed(rate: float, layer: Layer, stored: float, stays: bool) -> float:
-    """The rate when all the weights come from beyond L2, as they do in networks that are larger."""
-    if stays:
-        return rate
+def _streamed(rate: float, layer: Layer, stored: float) -> float:
+    """The rate when all the weights come from beyond L2, as they do inside of a network."""
     return 1 / (1 / rate + stored / (_STREAM * prod(layer.out_shape) * layer.reduction))
 
 
@@ -404,9 +390,7 @@ def _multiply_rate(variant: str, chunk: int) -> float:
     return _INT8[variant] * (chunk / (chunk + HALF_FLUSH) if chunk else 1.0)
 
 
-def _direct_rate(
-    layer: Layer, variant: str, chunk: int, target: Target, stays: bool = False
-) -> float:
+def _direct_rate(layer: Layer, variant: str, chunk: int, target: Target) -> float:
     """Multiply-accumulates a cycle of the int8 kernel without transforms."""
     if target.arch == "x86_64":
         multiply = _multiply_rate(variant, chunk)
@@ -417,16 +401,14 @@ def _direct_rate(
     int8 = multiply * min(1.0, layer.out_channels / (target.vector_bits / 32))
     if target.arch == "x86_64":
         wide = 2 if variant in DOTS and DOTS[variant].weight == "int16" else 1
-        return _streamed(int8, layer, layer.out_channels * layer.reduction * wide, stays)
+        return _streamed(int8, layer, layer.out_channels * layer.reduction * wide)
     if variant in DOTS:  # runs are filled up to whole steps
         run = layer.run_pixels * layer.image[3]
         int8 *= run / (-(-run // DOTS[variant].group) * DOTS[variant].group)
     return int8
 
 
-def expected_rates(
-    layer: Layer, multiply: Multiply, target: Target, stays: bool = False
-) -> dict[str, float]:
+def expected_rates(layer: Layer, multiply: Multiply, target: Target) -> dict[str, float]:
     """Multiply-accumulates a cycle of each kernel: the model where nothing was measured."""
     if target.arch == "x86_64":
         popcount = _POPCOUNT[next((name for name in _POPCOUNT if target.has(name)), "ssse3")]
@@ -438,7 +420,7 @@ def expected_rates(
     bitplane = popcount * filled * max(lanes_used, 1 / 64) / pairs
     rates = {"bitplane": bitplane, "int8": multiply.rate}
     if not _no_lut(layer, target):
-        rates["bitplane-lut"] = _lut_rate(layer, target, stays)
+        rates["bitplane-lut"] = _lut_rate(layer, target)
     return rates
 
 
@@ -453,7 +435,7 @@ def _no_lut(layer: Layer, target: Target) -> str:
     return ""
 
 
-def _lut_rate(layer: Layer, target: Target, stays: bool = False) -> float:
+def _lut_rate(layer: Layer, target: Target) -> float:
     """Shuffles and additions, the flush of uint8 sums, and the tables, which all channels share."""
     steps = largest_divisor(
         layer.run_pixels * -(-layer.image[3] // 4), 255 // (4 * (2**layer.activation_bits - 1))
@@ -477,8 +459,11 @@ def _lut_rate(layer: Layer, target: Target, stays: bool = False) -> float:
         rate *= _SHARED_PLACE.get(lut_tiles(layer, target)[0].vectors, 1.0)
     table = making / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
     rate = 1 / (1 / rate + table)
-    stored = layer.weight_bits * layer.out_channels * layer.reduction / 4
-    return rate if arm else _streamed(rate, layer, stored, stays)
+    return (
+        rate
+        if arm
+        else _streamed(rate, layer, layer.weight_bits * layer.out_channels * layer.reduction / 4)
+    )
 
 
 def geometry(graph: Graph, node: Node) -> tuple[Layer, Pads, Shape]:

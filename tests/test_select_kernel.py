@@ -5,7 +5,7 @@ import pytest
 from mpqc.errors import UsageError
 from mpqc.graph import Graph
 from mpqc.passes.channels_last import ChannelsLast
-from mpqc.select_kernel import Choice, Selector, geometry, stays_in_cache
+from mpqc.select_kernel import Choice, Selector, geometry
 from mpqc.target import TARGETS, Target
 from tests.graph_runner import parse
 
@@ -55,25 +55,6 @@ def test_single_bits_run_as_bitplanes_and_bytes_as_bytes(target: Target) -> None
     wide = layer(channels=256, out=256, weight=1, activation=1)
     assert choose(wide, target).kind.startswith("bitplane")
     assert choose(layer(channels=256, out=256, weight=8, activation=8), target).kind == "int8"
-
-
-def test_weights_of_small_networks_do_not_stream() -> None:
-    """They stay in L2: int8, whose weights are the largest, is not charged for reading them."""
-    text = """
-    %x = Input() : u8[1,64,4,4]
-    %w = Constant() : i16[64,64,3,3]
-    %y = IntConv(%x, %w) {activation_bits=2, group=1, pads=[2, 2, 2, 2], dilations=[2, 2], weight_bits=2, weight_levels="signed", zero_point=0} : i32[1,64,4,4] @conv
-    """  # noqa: E501
-    beside = text.replace("%x = Input() : u8[1,64,4,4]", "").replace("64,64,3", "512,64,3")
-    beside = beside.replace("%w", "%v").replace("%y", "%z").replace("i32[1,64", "i32[1,512")
-    alone = ChannelsLast()(parse(f"{text} return %y"))
-    among = ChannelsLast()(parse(f"{text} {beside.replace('@conv', '@other')} return %y, %z"))
-    assert stays_in_cache(alone)
-    assert not stays_in_cache(among)
-    small, large = choose(alone, VNNI).rates, choose(among, VNNI).rates
-    assert small["int8"] > 1.5 * large["int8"]
-    assert small["bitplane-lut"] > large["bitplane-lut"]
-    assert small["bitplane"] == large["bitplane"]
 
 
 def test_a_fallback_says_why() -> None:
