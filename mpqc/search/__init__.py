@@ -20,6 +20,7 @@ from mpqc.search.make_problem import EIGHT, candidates, make_problem
 from mpqc.search.problem import CostFunction, Problem, Progress, Trainer, quiet
 from mpqc.search.scores import Scores
 from mpqc.search.solve import check_budgets
+from mpqc.search.uniform import widest_uniform
 
 __all__ = [
     "GROUP",
@@ -168,7 +169,7 @@ def search_plan(
         raise PlanError(f"method {name!r} returned {type(plan).__name__}, not a Plan")
     if found := plan_problems(problem, plan):
         raise PlanError(f"method {name!r} broke the rules: {'; '.join(found)}")
-    uniform = _uniform(problem)
+    uniform = widest_uniform(problem)
     trains = "trainer" in getattr(plugin, "needs", ())  # such plans are fine-tuned: noise says less
     noise = confirm(problem, plan, uniform) if confirmed and not trains else {}
     if uniform is not None and noise and noise["uniform"] < noise["plan"]:
@@ -208,13 +209,3 @@ def _check_needs(plugin: Search, name: str, data: object, trainer: Trainer | Non
         raise UsageError(
             f'method {name!r} trains: give --train data; it needs pip install "mpqc[train]"'
         )
-
-
-def _uniform(problem: Problem) -> Plan | None:
-    from mpqc.errors import BudgetError
-    from mpqc.search.uniform import Uniform
-
-    try:
-        return Uniform()(problem)
-    except BudgetError:
-        return None

@@ -8,7 +8,7 @@ from mpqc.graph import Precision
 from mpqc.plan import Plan
 from mpqc.search.base import ScoreSearch
 from mpqc.search.eagl import equal_widths
-from mpqc.search.problem import Problem
+from mpqc.search.problem import Problem, all_pairs
 from mpqc.search.scores import Scores
 
 Metric = Literal["val_loss", "val_acc", "train_acc", "train_loss"]
@@ -119,14 +119,14 @@ def tensor_levels(problem: Problem) -> Levels:
 
     Where some pairs of widths are not allowed, those of ``group_levels``.
     """
-    wide = {}
-    for name, row in problem.choices.items():
-        wide[name] = Precision(max(p.weight for p in row), max(p.activation for p in row))
-        if len(row) != len({p.weight for p in row}) * len({p.activation for p in row}):
-            return group_levels(problem)
-    tied = {name for tie in problem.ties for name in tie}
+    if not all(all_pairs(row) for row in problem.choices.values()):
+        return group_levels(problem)
+    wide = {
+        name: Precision(max(p.weight for p in row), max(p.activation for p in row))
+        for name, row in problem.choices.items()
+    }
     made: Levels = {}
-    for names in (*problem.ties, *((name,) for name in problem.choices if name not in tied)):
+    for names in problem.weight_groups:
         made[WEIGHTS, *names] = {
             bits: {name: Precision(bits, wide[name].activation) for name in names}
             for bits in sorted({p.weight for p in problem.choices[names[0]]})

@@ -12,12 +12,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from mpqc.errors import BudgetError
 from mpqc.graph import Array, Precision
-from mpqc.search.problem import Problem, Widths
+from mpqc.search.problem import Problem, Widths, all_pairs
 from mpqc.search.repair import filled, repair
 from mpqc.search.solve import Losses
-from mpqc.search.uniform import Uniform
+from mpqc.search.uniform import widest_uniform
 
 Measure: TypeAlias = Callable[[Widths], float]
 """What a plan loses, in any unit, above zero; infinite where it cannot be told."""
@@ -75,7 +74,7 @@ class Beliefs:
         trust: float = 1.0,
     ) -> None:
         self._known, self._base = losses, base
-        self._apart = all(_all_pairs(row) for row in losses.values())
+        self._apart = all(all_pairs(row) for row in losses.values())
         self.parts = _parts(problem, losses, self._apart)
         known = [self._learned(part) for part in self.parts]
         self.prior = unit * _blended(self.parts, known, trust)
@@ -198,13 +197,15 @@ def measured_plan(
         trust: in the learned losses, from 0 to 1; less for methods whose losses are noisy, so
             that a tensor that seems to lose nothing can be found to lose.
     """
+    from mpqc.search import precisions
+
     learned = repair(problem, losses)
     if not count:
         return learned
     base = measure(problem.snap({name: _widest(row) for name, row in losses.items()}))
     tried = [learned]
-    if even := _uniform(problem):
-        tried.append(filled(problem, losses, even))
+    if even := widest_uniform(problem):
+        tried.append(filled(problem, losses, precisions(even)))
     first = [measure(widths) for widths in tried]
     if not np.isfinite([base, *first]).all():
         return tried[int(np.argmin(first))]
@@ -246,11 +247,9 @@ def _next(
 def _parts(problem: Problem, losses: Losses, apart: bool) -> list[Part]:
     if not apart:
         return [Part("layer", (name,), p) for name, row in losses.items() for p in row]
-    tied = {name for tie in problem.ties for name in tie}
-    alone = ((name,) for name in losses if name not in tied)
     weights = [
         Part("weights", names, bits)
-        for names in (*problem.ties, *alone)
+        for names in problem.weight_groups
         for bits in sorted({p.weight for p in losses[names[0]]})
     ]
     return weights + [
@@ -258,11 +257,6 @@ def _parts(problem: Problem, losses: Losses, apart: bool) -> list[Part]:
         for names in problem.groups
         for bits in sorted({p.activation for p in losses[names[0]]})
     ]
-
-
-def _all_pairs(row: Mapping[Precision, float]) -> bool:
-    """Whether every weight width comes with every activation width."""
-    return len(row) == len({p.weight for p in row}) * len({p.activation for p in row})
 
 
 def _blended(parts: list[Part], losses: list[float], trust: float) -> Array:
@@ -304,12 +298,3 @@ def _widest(row: Mapping[Precision, float]) -> Precision:
 def _numbered(labels: list[object]) -> Array:
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return np.array([number[label] for label in labels], dtype=np.int64)
-
-
-def _uniform(problem: Problem) -> dict[str, Precision] | None:
-    from mpqc.search import precisions
-
-    try:
-        return precisions(Uniform()(problem))
-    except BudgetError:
-        return None

@@ -1,6 +1,6 @@
 """What a search plugin gets to see: layers, widths, costs, budgets; and what it returns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,12 @@ class Trainer(Protocol):
             The validation metric after it; greater is better.
         """
         ...
+
+
+def all_pairs(row: Iterable[Precision]) -> bool:
+    """Whether every weight width comes with every activation width."""
+    known = set(row)
+    return len(known) == len({p.weight for p in known}) * len({p.activation for p in known})
 
 
 def quiet(label: str, done: int, total: int) -> None:
@@ -89,6 +95,12 @@ class Problem:
             raise UsageError("the tied groups have to hold every layer once")
         if unknown := sorted(self.budgets.keys() - self.costs.keys()):
             raise UsageError(_no_cost(unknown[0]))
+
+    @property
+    def weight_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Layers that share the weight width: the ties, then every other layer alone."""
+        tied = {name for tie in self.ties for name in tie}
+        return (*self.ties, *((name,) for name in self.choices if name not in tied))
 
     def layer(self, name: str) -> Layer:
         return self._by_name[name]

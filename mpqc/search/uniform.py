@@ -36,6 +36,14 @@ class Uniform(Search):
         )
 
 
+def widest_uniform(problem: Problem) -> Plan | None:
+    """The plan of ``Uniform``; None where none fits."""
+    try:
+        return Uniform()(problem)
+    except BudgetError:
+        return None
+
+
 def width(precision: Precision) -> tuple[int, int, int]:
     """Order of precisions from narrow to wide."""
     w, a = precision.weight, precision.activation
