@@ -58,6 +58,8 @@ def bars(
     values: Mapping[str, Sequence[float]],
     label: str,
     floors: Mapping[str, Sequence[float]] | None = None,
+    marked: float | None = 1.0,
+    start: float = 0.0,
 ) -> None:
     """Grouped bars as PNG; says so on stderr where matplotlib is missing.
 
@@ -65,8 +67,10 @@ def bars(
         path: file to write.
         groups: what stands below each group of bars.
         values: name in the legend -> height in each group.
-        label: of the axis; 1 is marked.
+        label: of the axis.
         floors: heights to reach, drawn as lines across the bars of the same name.
+        marked: height of a line across all bars; None: no line.
+        start: of the axis.
     """
     try:
         import matplotlib
@@ -83,10 +87,12 @@ def bars(
         axes.bar(left, heights, width, label=name, align="edge")
         for x, floor in zip(left, (floors or {}).get(name, ()), strict=False):
             axes.plot([x, x + width], [floor, floor], color="black", linewidth=1.5)
-    axes.axhline(1, color="black", linewidth=0.5)
+    if marked is not None:
+        axes.axhline(marked, color="black", linewidth=0.5)
+    axes.set_ylim(bottom=start)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, not over them
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -276,7 +276,9 @@ def plot(points: Sequence[Point], title: str, path: Path) -> None:
     for method in dict.fromkeys(p.method for p in points):
         values[method] = [_mean(points, method, budget) for budget in groups]
     if values:
-        report.bars(path, groups, values, f"top-1 [%], {title}")
+        fit = [mean for row in values.values() for mean in row if mean > 0]
+        start = max(0.0, min(fit, default=0.0) - 2)  # a point's difference has to be seen
+        report.bars(path, groups, values, f"top-1 [%], {title}", marked=None, start=start)
 
 
 def _mean(points: Sequence[Point], method: str, budget: str) -> float:
