@@ -42,8 +42,14 @@ def python(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment,
-        timeout=120, **options,
+        timeout=600, **options,
     )  # fmt: skip
+
+
+def processor_seconds() -> float:
+    """Processor time of the child processes that have ended so far, in seconds."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -79,12 +85,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("words", [["-c", "import mpqc"], ["-m", "mpqc", "--help"]])
 def test_starts_at_once(words: list[str]) -> None:
-    """Under half a second on a quiet machine; the bound leaves room for a loaded one."""
+    """Under half a second on a quiet machine. Counted is processor time: a busy one adds none."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds()
         assert python(*words).returncode == 0
-        seconds.append(time.perf_counter() - start)
+        seconds.append(processor_seconds() - start)
     assert min(seconds) < 1.0
 
 
@@ -398,13 +404,13 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
         [sys.executable, *map(str, words)], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     # the working folder has appeared, so that there is something to leave
     while not any(tmp_path.rglob(".out-*")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 130, told
     assert "interrupted" in told
     assert "Traceback" not in told

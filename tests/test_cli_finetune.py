@@ -14,7 +14,7 @@ BLOCKED = "import sys; sys.modules['torch'] = None; from mpqc.cli import main; m
 def run(*words: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", BLOCKED, *map(str, words)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600,
     )  # fmt: skip
 
 

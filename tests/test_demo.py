@@ -44,7 +44,6 @@ def test_every_build_is_verified_and_the_table_makes_sense(result: DemoResult) -
     assert builds["w2a2"].accuracy > 0.95
     assert builds["mixed"].accuracy > 0.97
     assert builds["mixed"].bitops < builds["w4a4"].bitops
-    assert result.seconds < 60
 
 
 def test_the_folder_holds_what_the_table_says(result: DemoResult) -> None:

@@ -293,7 +293,7 @@ def test_a_board_that_dies_in_a_run(farm: Farm, mortal: str) -> None:
     with pytest.raises(EnvironmentLacks, match="is gone"):  # and stays so
         board.run("true")
     board.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 25  # did not wait for the sleep
 
 
 def test_a_board_that_falls_silent(
@@ -316,7 +316,7 @@ def test_an_interrupted_client_leaves_the_board_in_order(farm: Farm) -> None:
         assert marker.exists()
     start = time.monotonic()
     stays_usable(farm)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25  # did not wait for the sleep
 
 
 def test_a_board_of_another_processor_is_named(farm: Farm) -> None:
