@@ -1,13 +1,13 @@
 """What the kernel selection expects of a layer before anything is compiled."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mpqc.graph import Graph, Node, Precision, TensorType
 from mpqc.passes.find_layers import Layer, find_layers
-from mpqc.select_kernel import Selector
+from mpqc.select_kernel import Selector, count_weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def expect(graph: Graph, layer: Layer, widths: Precision, selector: Selector) ->
         selector: of a target, with the latencies that are known of it.
     """
     lone = _lone_layer(graph, graph[layer.name], widths)
-    choice = selector.choose(lone, lone[layer.name])
+    of_all = replace(selector, weights=count_weights(graph))
+    choice = of_all.choose(lone, lone[layer.name])
     rate = choice.rates[choice.kind]
     return Expectation(choice.kind, rate / choice.rates["int8"], rate, choice.chosen)
 

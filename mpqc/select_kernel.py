@@ -93,6 +93,8 @@ class Selector:
         by_layer: layer name -> kind, from the plan; "auto" leaves it to the table or the model.
         table: latencies that were measured on the target; None: the model of its instructions.
         place: among the forms that a kernel has for a layer; 0 is the default.
+        weights: of the network, where graphs that are asked about are single layers of it; None:
+            they are whole.
     """
 
     target: Target
@@ -100,6 +102,7 @@ class Selector:
     by_layer: Mapping[str, str] = field(default_factory=dict)
     table: LatencyTable | None = None
     place: int = 0
+    weights: int | None = None
 
     def __post_init__(self) -> None:
         for name in (self.kernel, *self.by_layer.values()):
@@ -136,7 +139,8 @@ class Selector:
         asked = self.by_layer.get(node.name, "auto")
         asked = self.kernel if asked == "auto" else asked
         multiplies = _int8_multiplies(layer, weight, self.target)
-        rates = expected_rates(layer, multiplies[0], self.target)
+        kept = (count_weights(graph) if self.weights is None else self.weights) <= _SMALL
+        rates = expected_rates(layer, multiplies[0], self.target, kept)
         coded = has_codes(node, weight)
         if not coded:
             rates = {"int8": rates["int8"]}
@@ -211,11 +215,13 @@ class Multiply:
 
     Attributes:
         variant: instruction, behind ``WINOGRAD`` if it multiplies transformed tiles.
-        rate: expected multiply-accumulates of the layer a cycle.
+        kept: multiply-accumulates of the layer a cycle that are expected with weights in L2.
+        rate: those with weights from beyond it.
         chunk: steps of four products that int16 sums, where it does.
     """
 
     variant: str
+    kept: float
     rate: float
     chunk: int = 0
 
@@ -231,11 +237,23 @@ def has_codes(node: Node, weight: Array) -> bool:
     return bool(-half <= weight.min() and weight.max() < half)
 
 
+def count_weights(graph: Graph) -> int:
+    """Weights of all layers of a graph, in float or on codes."""
+    weights = {node.inputs[1] for node in graph if node.op in _LAYERS} & graph.constants.keys()
+    return sum(graph.constants[weight].size for weight in weights)
+
+
+_LAYERS = ("Conv", "Gemm", "MatMul", "IntConv", "IntMatMul")
+_SMALL = 65536  # weights of a network that L2 keeps, also as Winograd's 16 int16 for 9 of them
+
+
 def _int8_multiplies(layer: Layer, weight: Array, target: Target) -> list[Multiply]:
-    """Ways that are exact for these weights, the fastest by the model first."""
-    variant, chunk = _direct_variant(layer, weight, target)
-    direct = Multiply(variant, _direct_rate(layer, variant, chunk, target), chunk)
-    found = [direct, *_winograd_multiplies(layer, weight, target)]
+    """Ways that are exact for these weights, the fastest by the model first.
+
+    For this, weights of small networks count as read from beyond L2, too: Winograd's of 16 bits,
+    3.6 times as many bytes, gain less there than expected (w8a8 of the demo: 6 % slower).
+    """
+    found = [_direct_multiply(layer, weight, target), *_winograd_multiplies(layer, weight, target)]
     return sorted(found, key=lambda multiply: -multiply.rate)
 
 
@@ -257,20 +275,17 @@ def _winograd_multiplies(layer: Layer, weight: Array, target: Target) -> list[Mu
             found.append(("vpdpbusd512", 0))
         elif chunk := winograd.half_chunk(weight, bits):
             found.append((f"vpmaddubsw{width}", chunk))
-    return [
-        Multiply(WINOGRAD + name, _winograd_rate(layer, name, chunk, target), chunk)
-        for name, chunk in found
-    ]
+    return [_winograd_multiply(layer, name, chunk, target) for name, chunk in found]
 
 
-_STREAM = 5.0  # bytes of weights a cycle that one core reads from beyond L2
-WORTH_WINOGRAD = 1.15  # times the speed that pay for weights of up to 3.6 times the size
+# Bytes of weights a cycle that one core reads from L2, and from beyond it.
+_STREAM_L2, _STREAM = 16.0, 5.0
 # Cycles of 256-bit vectors, a 2x2 tile: output transform by channel, input transform by channel.
 _WINOGRAD_OUTPUT, _WINOGRAD_IMAGE = 1.7, 2.0
 _ODD_COLUMNS = 1.2  # times the products' cycles where 2x2 tiles of a row do not pair
 
 
-def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target) -> float:
+def _winograd_multiply(layer: Layer, name: str, chunk: int, target: Target) -> Multiply:
     w, inside, out = layer.window, layer.image[3], layer.out_channels
     filled = w.oh * w.ow / (4 * -(-w.oh // 2) * -(-w.ow // 2))
     wide = 256 / target.vector_bits
@@ -281,12 +296,19 @@ def _winograd_rate(layer: Layer, name: str, chunk: int, target: Target) -> float
     lanes = min(1.0, out / (target.vector_bits / 32))
     rate = 36 * inside * out * filled * lanes / (inner + around)
     stored = 16 * inside * out * (2 if DOTS[name].weight == "int16" else 1)
-    return _streamed(rate, layer, stored)
+    return _multiply(WINOGRAD + name, rate, layer, stored, chunk)
 
 
-def _streamed(rate: float, layer: Layer, stored: float) -> float:
-    """The rate when all the weights come from beyond L2, as they do inside of a network."""
-    return 1 / (1 / rate + stored / (_STREAM * prod(layer.out_shape) * layer.reduction))
+def _multiply(variant: str, rate: float, layer: Layer, stored: float, chunk: int) -> Multiply:
+    """``rate``: with weights, ``stored`` bytes of them, in L1."""
+    kept, beyond = (_streamed(rate, layer, stored, kept) for kept in (True, False))
+    return Multiply(variant, kept, beyond, chunk)
+
+
+def _streamed(rate: float, layer: Layer, stored: float, kept: bool) -> float:
+    """The rate when all the weights come from L2 (``kept``) or, in large networks, from beyond."""
+    stream = _STREAM_L2 if kept else _STREAM
+    return 1 / (1 / rate + stored / (stream * prod(layer.out_shape) * layer.reduction))
 
 
 def _direct_variant(layer: Layer, weight: Array, target: Target) -> tuple[str, int]:
@@ -390,8 +412,9 @@ def _multiply_rate(variant: str, chunk: int) -> float:
     return _INT8[variant] * (chunk / (chunk + HALF_FLUSH) if chunk else 1.0)
 
 
-def _direct_rate(layer: Layer, variant: str, chunk: int, target: Target) -> float:
-    """Multiply-accumulates a cycle of the int8 kernel without transforms."""
+def _direct_multiply(layer: Layer, weight: Array, target: Target) -> Multiply:
+    """The int8 kernel without transforms."""
+    variant, chunk = _direct_variant(layer, weight, target)
     if target.arch == "x86_64":
         multiply = _multiply_rate(variant, chunk)
     else:
@@ -401,15 +424,21 @@ def _direct_rate(layer: Layer, variant: str, chunk: int, target: Target) -> floa
     int8 = multiply * min(1.0, layer.out_channels / (target.vector_bits / 32))
     if target.arch == "x86_64":
         wide = 2 if variant in DOTS and DOTS[variant].weight == "int16" else 1
-        return _streamed(int8, layer, layer.out_channels * layer.reduction * wide)
+        stored = layer.out_channels * layer.reduction * wide
+        return _multiply(variant, int8, layer, stored, chunk)
     if variant in DOTS:  # runs are filled up to whole steps
         run = layer.run_pixels * layer.image[3]
         int8 *= run / (-(-run // DOTS[variant].group) * DOTS[variant].group)
-    return int8
+    return Multiply(variant, int8, int8, chunk)
 
 
-def expected_rates(layer: Layer, multiply: Multiply, target: Target) -> dict[str, float]:
-    """Multiply-accumulates a cycle of each kernel: the model where nothing was measured."""
+def expected_rates(
+    layer: Layer, multiply: Multiply, target: Target, kept: bool = False
+) -> dict[str, float]:
+    """Multiply-accumulates a cycle of each kernel: the model where nothing was measured.
+
+    ``kept``: weights are in L2; else they come from beyond it.
+    """
     if target.arch == "x86_64":
         popcount = _POPCOUNT[next((name for name in _POPCOUNT if target.has(name)), "ssse3")]
     else:
@@ -418,9 +447,9 @@ def expected_rates(layer: Layer, multiply: Multiply, target: Target) -> dict[str
     lanes_used = min(1.0, layer.group_out / (target.vector_bits / 8))
     pairs = layer.weight_bits * layer.activation_bits
     bitplane = popcount * filled * max(lanes_used, 1 / 64) / pairs
-    rates = {"bitplane": bitplane, "int8": multiply.rate}
+    rates = {"bitplane": bitplane, "int8": multiply.kept if kept else multiply.rate}
     if not _no_lut(layer, target):
-        rates["bitplane-lut"] = _lut_rate(layer, target)
+        rates["bitplane-lut"] = _lut_rate(layer, target, kept)
     return rates
 
 
@@ -435,7 +464,7 @@ def _no_lut(layer: Layer, target: Target) -> str:
     return ""
 
 
-def _lut_rate(layer: Layer, target: Target) -> float:
+def _lut_rate(layer: Layer, target: Target, kept: bool) -> float:
     """Shuffles and additions, the flush of uint8 sums, and the tables, which all channels share."""
     steps = largest_divisor(
         layer.run_pixels * -(-layer.image[3] // 4), 255 // (4 * (2**layer.activation_bits - 1))
@@ -459,11 +488,8 @@ def _lut_rate(layer: Layer, target: Target) -> float:
         rate *= _SHARED_PLACE.get(lut_tiles(layer, target)[0].vectors, 1.0)
     table = making / (4 * taps * layer.out_channels)  # cycles a table, spread over its products
     rate = 1 / (1 / rate + table)
-    return (
-        rate
-        if arm
-        else _streamed(rate, layer, layer.weight_bits * layer.out_channels * layer.reduction / 4)
-    )
+    stored = layer.weight_bits * layer.out_channels * layer.reduction / 4
+    return rate if arm else _streamed(rate, layer, stored, kept)
 
 
 def geometry(graph: Graph, node: Node) -> tuple[Layer, Pads, Shape]:

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 import mpqc.demo
 from mpqc.cli import app
-from mpqc.data import open_data
+from mpqc.data import Data, open_data
 from mpqc.graph import Precision
 from mpqc.inspect_model import inspect_model
 from mpqc.pipeline import Options, compile_model, import_model
+from mpqc.select_kernel import count_weights
 from mpqc.target import find_target, native
 
 MODEL, CALIBRATION, _ = mpqc.demo.files()
@@ -94,12 +95,27 @@ def test_layers_that_stay_in_float_say_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("widths", ["w8a8", "w4a4", "w2a2", "w1a1"])
 def test_the_forecast_is_what_compile_chooses(widths: str, tmp_path: Path) -> None:
-    forecast = inspect_model(MODEL, native()).forecast
-    assert forecast is not None
     graph = import_model(MODEL)
+    same_kernels(MODEL, widths, open_data(CALIBRATION, graph), tmp_path)
+
+
+@pytest.mark.parametrize("widths", ["w2a2", "w1a1"])
+def test_the_forecast_of_a_network_beyond_l2(
+    widths: str, shared_models: Path, tmp_path: Path
+) -> None:
+    model = shared_models / "cifar10_resnet8.onnx"
+    assert count_weights(import_model(model)) > 65536
+    (kind,) = import_model(model).inputs.values()
+    np.savez(tmp_path / "data.npz", np.zeros((4, *kind.shape[1:]), np.float32))
+    same_kernels(model, widths, open_data(tmp_path / "data.npz", import_model(model)), tmp_path)
+
+
+def same_kernels(model: Path, widths: str, data: Data, folder: Path) -> None:
+    forecast = inspect_model(model, native()).forecast
+    assert forecast is not None
     artifact = compile_model(
-        MODEL, tmp_path / "out", Options(native()), bits=Precision.parse(widths), ends=None,
-        data=open_data(CALIBRATION, graph),
+        model, folder / "out", Options(native()), bits=Precision.parse(widths), ends=None,
+        data=data,
     )  # fmt: skip
     ran = {layer["name"]: layer["kernel"] for layer in artifact.manifest["layers"]}
     assert {name: by[widths].kernel for name, by in forecast.layers.items()} == ran

@@ -5,7 +5,7 @@ import pytest
 from mpqc.errors import UsageError
 from mpqc.graph import Graph
 from mpqc.passes.channels_last import ChannelsLast
-from mpqc.select_kernel import Choice, Selector, geometry
+from mpqc.select_kernel import Choice, Selector, count_weights, geometry
 from mpqc.target import TARGETS, Target
 from tests.graph_runner import parse
 
@@ -55,6 +55,38 @@ def test_single_bits_run_as_bitplanes_and_bytes_as_bytes(target: Target) -> None
     wide = layer(channels=256, out=256, weight=1, activation=1)
     assert choose(wide, target).kind.startswith("bitplane")
     assert choose(layer(channels=256, out=256, weight=8, activation=8), target).kind == "int8"
+
+
+def test_weights_of_small_networks_come_from_l2() -> None:
+    """Kinds are compared with what reading weights costs there: int8, which has most, gains."""
+    text = """
+    %x = Input() : u8[1,64,4,4]
+    %w = Constant() : i16[64,64,3,3]
+    %y = IntConv(%x, %w) {activation_bits=2, group=1, pads=[2, 2, 2, 2], dilations=[2, 2], weight_bits=2, weight_levels="signed", zero_point=0} : i32[1,64,4,4] @conv
+    """  # noqa: E501
+    beside = text.replace("%x = Input() : u8[1,64,4,4]", "").replace("64,64,3", "512,64,3")
+    beside = beside.replace("%w", "%v").replace("%y", "%z").replace("i32[1,64", "i32[1,512")
+    alone = ChannelsLast()(parse(f"{text} return %y"))
+    among = ChannelsLast()(parse(f"{text} {beside.replace('@conv', '@other')} return %y, %z"))
+    assert (count_weights(alone), count_weights(among)) == (64 * 64 * 9, (64 + 512) * 64 * 9)
+    small, large = choose(alone, VNNI), choose(among, VNNI)
+    part = Selector(VNNI, weights=count_weights(among)).choose(alone, alone["conv"])
+    assert part.rates == large.rates
+    assert small.rates["int8"] > 1.2 * large.rates["int8"]
+    assert small.rates["bitplane-lut"] > large.rates["bitplane-lut"]
+    assert small.rates["bitplane"] == large.rates["bitplane"]
+
+
+def test_two_bits_of_the_demo_run_as_lookups() -> None:
+    """Its strided layer ran as popcounts, a third slower, charged for weights that stay in L2."""
+    text = """
+    %x = Input() : u8[1,32,8,8]
+    %w = Constant() : i16[64,32,3,3]
+    %y = IntConv(%x, %w) {activation_bits=2, group=1, pads=[1, 1, 1, 1], strides=[2, 2], weight_bits=2, weight_levels="signed", zero_point=0} : i32[1,64,4,4] @conv
+    return %y
+    """  # noqa: E501
+    down = ChannelsLast()(parse(text))
+    assert choose(down, VNNI).kind == "bitplane-lut"
 
 
 def test_a_fallback_says_why() -> None:
