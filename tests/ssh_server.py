@@ -56,7 +56,7 @@ def start_server(folder: Path) -> Server:
         [sshd, "-D", "-e", "-f", str(folder / "sshd.conf")],
         stderr=(folder / "log").open("wb"),
     )
-    for _ in range(100):
+    for _ in range(1200):  # a minute
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break

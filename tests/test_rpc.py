@@ -278,8 +278,12 @@ def test_a_board_in_use_is_waited_for(farm: Farm) -> None:
         with pytest.raises(EnvironmentLacks, match=r"here was not free within 0\.5 s: others use"):
             Rpc(farm.address, "here", native(), 0.5, told.append)
         assert told == ["here is busy: waiting for it, 0.5 s at most (--timeout)"]
-        threading.Timer(0.5, first.close).start()
-        with Rpc(farm.address, "here", native(), 30, told.append) as second:
+
+        def make_free(line: str) -> None:
+            told.append(line)
+            threading.Thread(target=first.close).start()
+
+        with Rpc(farm.address, "here", native(), 60, make_free) as second:
             assert second.run("echo mine") == b"mine\n"
     assert len(told) == 2
 
@@ -310,7 +314,12 @@ def test_a_board_that_falls_silent(
 def test_an_interrupted_client_leaves_the_board_in_order(farm: Farm) -> None:
     with connect(farm) as board:
         marker = Path(board.folder) / "started"
-        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+        def interrupt() -> None:
+            wait_until(marker.exists, "start of the command")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             board.run(f"touch {marker}; sleep 30; touch {marker}.end")
         assert marker.exists()
