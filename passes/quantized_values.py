@@ -68,8 +68,17 @@ class Grid:
         return Grid.between(min(max(self.low, low), self.high), max(min(self.high, high), self.low))
 
     def with_zero(self, zero_point: float | None, dtype: str) -> "Grid":
-        """The same integers; at the type's width if the zero point has no code at their own."""
-        if zero_point is None or 0 <= zero_point + self.shift < 2**self.bits:
+        """The same integers, in codes that the zero point has one of.
+
+        They start at the lowest integer where that takes fewer bits, and have the type's width if
+        the zero point has no code at their own.
+        """
+        if zero_point is None:
+            return self
+        least = max(1, (self.high - self.low).bit_length())
+        if least < self.bits and 0 <= zero_point - self.low < 2**least:
+            return replace(self, bits=least, shift=-self.low)
+        if 0 <= zero_point + self.shift < 2**self.bits:
             return self
         whole = Grid.of(dtype)
         return replace(self, bits=whole.bits, shift=whole.shift)

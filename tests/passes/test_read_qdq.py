@@ -285,6 +285,12 @@ def test_activations_of_every_type(tmp_path: Path, kind: str, seed: int) -> None
         ("INT8", (0, 31), 0, {"bits": 5, "zero_point": 0}),
         ("INT8", (-2, 1), 0, {"bits": 2, "zero_point": 2}),
         ("INT8", (-1, 0), 0, {"bits": 1, "zero_point": 1}),
+        # of an odd place: codes start at its lowest integer
+        ("UINT8", (120, 135), 128, {"bits": 4, "zero_point": 8}),
+        ("UINT8", (121, 135), 128, {"bits": 4, "zero_point": 7, "low": 0, "high": 14}),
+        ("INT8", (-3, 12), 0, {"bits": 4, "zero_point": 3}),
+        ("INT8", (-100, -97), -98, {"bits": 2, "zero_point": 2}),
+        ("UINT8", (2, 5), 0, {"bits": 3, "zero_point": 0, "low": 2, "high": 5}),
         # the zero point has no code at four bits: the type's width, and the bounds as they are
         ("UINT8", (0, 15), 100, {"bits": 8, "zero_point": 100, "low": 0, "high": 15}),
         ("INT8", (-4, 3), -20, {"bits": 8, "zero_point": 108, "low": 124, "high": 131}),
