@@ -33,7 +33,7 @@ DISK = 2 * 10**9  # [bytes] for an artifact, its tuning records and a reference 
 MODULES = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi", "pillow": "PIL"}
 PACKAGES = (
     "apache-tvm", "apache-tvm-ffi", "onnx", "onnxruntime", "numpy",
-    "matplotlib", "pillow", "torch", "xgboost",
+    "matplotlib", "pillow", "torch", "distributed",
 )  # fmt: skip
 
 TOOLS: Mapping[str, tuple[str, ...]] = {
@@ -145,10 +145,10 @@ def checks(machine: Machine | None = None) -> list[Check]:
         _instructions(m),
         _cpu_cores(m),
         _disk(m),
-        package("matplotlib", "plots of compare and demo", "pip install 'mpqc[report]'"),
+        package("matplotlib", "plots", "pip install 'mpqc[report]'"),
         package("pillow", "data given as pictures", "pip install 'mpqc[report]'"),
         package("torch", "finetune and searches that train", "pip install 'mpqc[train]'"),
-        package("xgboost", "tune with a learned cost model", "pip install 'mpqc[tune]'"),
+        package("distributed", "searches on a Dask cluster", "pip install 'mpqc[dask]'"),
         _cross_compiler(m, "aarch64", "targets rpi3 to rpi5, aarch64, jetson-orin"),
         _cross_compiler(m, "armv7", "target armv7"),
         tool("qemu-aarch64", "verifying aarch64 builds without a board", "qemu-user-static"),

@@ -56,7 +56,7 @@ def test_required_ones_are_what_compiling_needs() -> None:
         ("onnx", "pip install 'onnx>=1.21'"),
         ("matplotlib", "mpqc[report]"),
         ("torch", "mpqc[train]"),
-        ("xgboost", "mpqc[tune]"),
+        ("distributed", "mpqc[dask]"),
         ("C compiler", "set CC"),
         ("C compiler", "pip install ziglang"),
         ("aarch64 compiler", "apt install gcc-aarch64-linux-gnu"),
