@@ -13,6 +13,7 @@ from mpqc.artifact import Artifact
 from mpqc.data import Data
 from mpqc.errors import ArtifactError, EnvironmentLacks, ModelError, UsageError
 from mpqc.graph import Array
+from mpqc.latency import KINDS
 from mpqc.runtime import CompiledModel, LocalModel, Steps, open_model
 from mpqc.target import gpu
 
@@ -359,7 +360,13 @@ def _per_layer(
         times = [[compiled.time_step(index, TOGETHER) for index in count] for _ in range(repeat)]
     else:
         times = [_step_times(stepper) for _ in range(repeat + 1)][1:]
-    manifest = compiled.manifest
+    return layer_timings(compiled.manifest, list(zip(*times, strict=True)))
+
+
+def layer_timings(
+    manifest: Mapping[str, Any], times: Sequence[Sequence[float]]
+) -> tuple[LayerTiming, ...]:
+    """A row for each kernel of an artifact, from the seconds of its runs."""
     macs = {layer["name"]: layer["macs"] for layer in manifest["layers"]}
     return tuple(
         LayerTiming(
@@ -367,9 +374,9 @@ def _per_layer(
             step["kind"],
             min(found),
             statistics.median(found),
-            macs.get(step["label"], 0) if step["kind"] in ("bitplane", "int8") else 0,
+            macs.get(step["label"], 0) if step["kind"] in KINDS else 0,
         )
-        for step, found in zip(manifest["steps"], zip(*times, strict=True), strict=True)
+        for step, found in zip(manifest["steps"], times, strict=True)
     )
 
 

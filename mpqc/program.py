@@ -15,7 +15,8 @@ class Step:
         kernel: symbol of the kernel.
         inputs, outputs: buffers in the kernel's argument order, inputs first.
         label: the graph node, or what the step does, for people and profiles.
-        kind: "bitplane", "int8", "float", "pad", "pack" or "elementwise".
+        kind: of a layer its kernel's ("bitplane", "bitplane-lut", "int8"); else what it does, such as
+            "pad", "pack", "winograd", "elementwise" or "float".
     """
 
     kernel: str
@@ -55,7 +56,7 @@ class LayerRecord:
         asked: precision in the plan, as text ("w0-4a3": channels of several widths); None where
             the plan left the layer in float.
         run: precision that the kernel executes; "w2+4a3": one kernel for the channels of each.
-        kernel: "bitplane", "int8" or "float".
+        kernel: "bitplane", "bitplane-lut", "int8" or "float".
         variant: instruction or form inside the kind.
         accumulator: dtype.
         bound: proven bound of |accumulator|.

@@ -1,11 +1,10 @@
 """Latency of an artifact on a board."""
 
 import statistics
-from collections.abc import Sequence
 
 from mpqc.artifact import Artifact
-from mpqc.bench import Benchmark, LayerTiming, Timing
-from mpqc.boards.board import Board, Samples, check_freestanding
+from mpqc.bench import Benchmark, Timing, layer_timings
+from mpqc.boards.board import Board, check_freestanding
 from mpqc.errors import UsageError
 
 
@@ -31,22 +30,5 @@ def bench_board(artifact: Artifact, board: Board, repeat: int, per_layer: bool) 
     own = Timing("mpqc", min(found.whole), statistics.median(found.whole), len(found.whole))
     shapes = [kind["shape"] for kind in manifest["inputs"].values()]
     batch = max((shape[0] for shape in shapes if shape), default=1)
-    layers = _layers(manifest["steps"], manifest["layers"], found) if per_layer else ()
+    layers = layer_timings(manifest, found.steps) if per_layer else ()
     return Benchmark((own,), layers, facts, board.threads, batch)
-
-
-def _layers(
-    steps: Sequence[dict[str, str]], layers: Sequence[dict[str, int]], found: Samples
-) -> tuple[LayerTiming, ...]:
-    macs = {str(layer["name"]): layer["macs"] for layer in layers}
-    quantized = ("bitplane", "bitplane-lut", "int8")
-    return tuple(
-        LayerTiming(
-            step["label"],
-            step["kind"],
-            min(times),
-            statistics.median(times),
-            macs.get(step["label"], 0) if step["kind"] in quantized else 0,
-        )
-        for step, times in zip(steps, found.steps, strict=True)
-    )
