@@ -15,8 +15,8 @@ class Step:
         kernel: symbol of the kernel.
         inputs, outputs: buffers in the kernel's argument order, inputs first.
         label: the graph node, or what the step does, for people and profiles.
-        kind: of a layer its kernel's ("bitplane", "bitplane-lut", "int8"); else what it does, such as
-            "pad", "pack", "winograd", "elementwise" or "float".
+        kind: of a layer its kernel's ("bitplane", "bitplane-lut", "int8"); of others what they do,
+            such as "pad", "pack", "winograd", "elementwise", "float".
     """
 
     kernel: str
