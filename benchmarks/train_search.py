@@ -4,13 +4,15 @@
         [--methods uniform,eagl,alps,dnas,ebs,fracbits] [--budgets bitops=w2a2,size=w2a2,...]
         [--epochs 20] [--tune 60] [--seeds 0,1,2] [--device cuda] [--jobs 2] [--reduced]
         [--option alps.epochs=0.1]... [--measured] [-o FOLDER] [--markdown docs/train/results.md]
+        [--plans FOLDER/train_search.json] [--step-lr 0.003] [--temperature 2]
 
 All start from the same float model and see the same training samples. A point is a search and the
 fine-tuning of its plan; accuracy is of the trained integers on all test pictures. Points go through
 joblib (``--jobs``, ``--backend``), and each is a file as soon as it is measured: a second run goes
 on where the first stopped; ``--measured`` shows what there is. ``--reduced`` is for CPUs: less of
-everything, and it says so; whatever else is given holds. Writes train_search.json, a plot, and a
-table into the section ``<!-- train_search MODEL -->``.
+everything, and it says so; whatever else is given holds. ``--plans`` takes those of an earlier run
+instead of searching: for another fine-tuning. Writes train_search.json, a plot, and a
+table into the section ``<!-- train_search MODEL -->`` (``... MODEL again``).
 """
 
 import argparse
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from mpqc.errors import BudgetError, MpqcError
+from mpqc.errors import BudgetError, MpqcError, UsageError
 
 METHODS = "uniform,eagl,progressive,alps,dnas,ebs,fracbits"
 REDUCED = {
@@ -58,6 +60,9 @@ class Setting:
         device: to train on.
         options: method -> its options.
         folder: for points and measurements.
+        plans: points of an earlier run, which are fine-tuned again; None: plans are searched.
+        step_lr: of the fine-tuning, of quantization steps; None: that of searches.
+        temperature: of the fine-tuning's loss; None: its default.
     """
 
     model: Path
@@ -75,10 +80,15 @@ class Setting:
     device: str
     options: Mapping[str, Mapping[str, str]]
     folder: Path
+    plans: Path | None = None
+    step_lr: float | None = None
+    temperature: float | None = None
 
     def file(self, task: "Task") -> Path:
         """Where a point is kept."""
-        parts = {k: str(v) for k, v in asdict(self).items() if k not in ("folder", "device")}
+        later = ("plans", "step_lr", "temperature")  # points of before have none
+        known = {k: v for k, v in asdict(self).items() if v is not None or k not in later}
+        parts = {k: str(v) for k, v in known.items() if k not in ("folder", "device")}
         parts["options"] = str(sorted(self.options.get(task.method, {}).items()))
         digest = sha256(repr((sorted(parts.items()), task)).encode()).hexdigest()[:16]
         return self.folder / "points" / f"{digest}.json"
@@ -167,28 +177,37 @@ def measure(setting: Setting, task: Task) -> Point:
     """Search, fine-tune, judge."""
     import numpy as np
 
-    from mpqc.cli_finetune import parse_augment
-    from mpqc.search import precisions, search_plan
-    from mpqc.train.loop import Recipe
-    from mpqc.train.trainer import PlanTrainer
+    from mpqc.graph import Precision
+    from mpqc.passes.find_layers import find_layers
 
-    def trainer(epochs: float, judge: bool) -> Any:
-        recipe = Recipe(
-            epochs=epochs, batch_size=setting.batch_size, lr=setting.lr,
-            step_lr=min(setting.lr, Recipe.step_lr), augment=parse_augment(setting.augment),
-            seed=task.seed,
-        )  # fmt: skip
-        made = PlanTrainer.open(
-            setting.model, setting.train, validate=setting.test if judge else None,
-            preprocess=setting.preprocess, recipe=recipe, device=setting.device,
-            max_samples=setting.samples,
-        )  # fmt: skip
-        if judge:  # searches never see the test pictures
-            made.held = replace(made.held, chosen=made.held.chosen[: setting.images])
-        return made
+    plan = _searched(setting, task) if setting.plans is None else _earlier(setting.plans, task)
+    if not plan.widths:
+        return plan
+    start = time.perf_counter()
+    tuner = _trainer(setting, task, setting.tune, setting.test)
+    tuner.held = replace(tuner.held, chosen=tuner.held.chosen[: setting.images])
+    if setting.temperature is not None:
+        tuner.objective = replace(tuner.objective, temperature=setting.temperature)
+    names = [layer.name for layer in find_layers(tuner.graph)]
+    widths = dict(zip(names, map(Precision.parse, plan.widths), strict=True))
+    network = tuner.network(tuner.plan(widths))
+    before = verdicts(tuner, network)
+    blind = replace(tuner, held=replace(tuner.held, chosen=tuner.held.chosen[:0]))
+    blind.fit(network, setting.tune)
+    after = verdicts(tuner, network)
+    return replace(
+        plan, before=float(before.mean()), accuracy=float(after.mean()),
+        tune_s=round(time.perf_counter() - start, 1), right=np.packbits(after).tobytes().hex(),
+    )  # fmt: skip
+
+
+def _searched(setting: Setting, task: Task) -> Point:
+    """What a search finds, not trained; no widths where no plan fits."""
+    from mpqc.search import precisions, search_plan
 
     start = time.perf_counter()
-    hunter = trainer(setting.epochs, judge=False)
+    hunter = _trainer(setting, task, setting.epochs)  # it never sees the test pictures
+    none = Point(task.method, task.budget, task.seed, {}, (), None, None, 0.0, 0.0)
     try:
         found = search_plan(
             setting.model,
@@ -202,21 +221,42 @@ def measure(setting: Setting, task: Task) -> Point:
             cache=setting.folder / "cache",
         )
     except BudgetError:
-        return Point(task.method, task.budget, task.seed, {}, (), None, None, 0.0, 0.0)
-    searched = time.perf_counter()
+        return none
     widths = precisions(found.plan)
-    tuner = trainer(setting.tune, judge=True)
-    network = tuner.network(tuner.plan(widths))
-    before = verdicts(tuner, network)
-    blind = replace(tuner, held=replace(tuner.held, chosen=tuner.held.chosen[:0]))
-    blind.fit(network, setting.tune)
-    after = verdicts(tuner, network)
     (limit,) = found.problem.budgets.values()
-    return Point(
-        task.method, task.budget, task.seed, found.problem.total(widths) | {"limit": limit},
-        tuple(map(str, widths.values())), float(before.mean()), float(after.mean()),
-        round(searched - start, 1), round(time.perf_counter() - searched, 1),
-        np.packbits(after).tobytes().hex(),
+    return replace(
+        none, cost=found.problem.total(widths) | {"limit": limit},
+        widths=tuple(map(str, widths.values())), search_s=round(time.perf_counter() - start, 1),
+    )  # fmt: skip
+
+
+def _earlier(plans: Path, task: Task) -> Point:
+    """The plan of an earlier run.
+
+    Raises:
+        UsageError: it has none.
+    """
+    points = json.loads(plans.read_text("utf-8"))["points"]
+    for point in points:
+        if Task(point["method"], point["budget"], point["seed"]) == task:
+            return Point(**point | {"widths": tuple(point["widths"])})
+    raise UsageError(f"{plans} has no {task.method} at {task.budget} with seed {task.seed}")
+
+
+def _trainer(setting: Setting, task: Task, epochs: float, judge: Path | None = None) -> Any:
+    from mpqc.cli_finetune import parse_augment
+    from mpqc.train.loop import Recipe
+    from mpqc.train.trainer import PlanTrainer
+
+    steps = None if judge is None else setting.step_lr
+    recipe = Recipe(
+        epochs=epochs, batch_size=setting.batch_size, lr=setting.lr,
+        step_lr=min(setting.lr, Recipe.step_lr) if steps is None else steps,
+        augment=parse_augment(setting.augment), seed=task.seed,
+    )  # fmt: skip
+    return PlanTrainer.open(
+        setting.model, setting.train, validate=judge, preprocess=setting.preprocess,
+        recipe=recipe, device=setting.device, max_samples=setting.samples,
     )  # fmt: skip
 
 
@@ -314,6 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--reduced", action="store_true",
         help=", ".join(f"{name} {value}" for name, value in REDUCED.items()),
     )  # fmt: skip
+    parser.add_argument("--plans", type=Path, help="train_search.json, whose plans are fine-tuned")
+    parser.add_argument("--step-lr", type=float)
+    parser.add_argument("--temperature", type=float)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/train_search"))
     parser.add_argument("--markdown", type=Path)
     if parser.parse_args(arguments).reduced:
@@ -322,7 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(
         given.model, given.train, given.test, given.preprocess, given.widths, given.epochs,
         given.tune, given.lr, given.samples, given.images, given.augment, given.batch_size,
-        given.device, _options(parser, given.option or ()), given.output,
+        given.device, _options(parser, given.option or ()), given.output, given.plans,
+        given.step_lr, given.temperature,
     )  # fmt: skip
     tasks = [
         Task(method, budget, int(seed))
@@ -338,6 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     note = f"{given.tune:g} epochs of fine-tuning"
+    if given.plans:
+        note += f", plans of {given.plans.name}"
     if given.reduced:
         note += (
             f", REDUCED: {given.samples} training samples in batches of {given.batch_size}, "
@@ -353,7 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     plot(points, given.model.stem, given.output / "train_search.png")
     if given.markdown:
-        report.replace_section(given.markdown, f"train_search {given.model.stem}", text)
+        again = " again" if given.plans else ""
+        report.replace_section(given.markdown, f"train_search {given.model.stem}{again}", text)
     return 0
 
 
