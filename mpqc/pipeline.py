@@ -221,7 +221,7 @@ def lower(
 
     selector = _selector(plan, options)
     last = channels_last(quantized, callback)
-    last = run(last, GroupChannels(_cycles(selector)), DropDead(), callback=callback)
+    last = run(last, GroupChannels(expected_cycles(selector, last)), DropDead(), callback=callback)
     parts = {node.name: part_of(node) for node in last}
     of_parts = {part: selector.by_layer.get(whole, "auto") for part, whole in parts.items()}
     program = lowering.lower(last, options.target, replace(selector, by_layer=of_parts))
@@ -232,11 +232,14 @@ def lower(
     return program
 
 
-def _cycles(selector: "Selector") -> Callable[[Graph, Node], float]:
-    """What the kernel of a layer is expected to take."""
+def expected_cycles(selector: "Selector", network: Graph) -> Callable[[Graph, Node], float]:
+    """What the kernel of a layer, or of a part of one, is expected to take inside of a network."""
+    from mpqc.select_kernel import count_weights
+
+    of_all = replace(selector, weights=count_weights(network))
 
     def cycles(graph: Graph, node: Node) -> float:
-        choice = selector.choose(graph, node)
+        choice = of_all.choose(graph, node)
         weight = graph.constants[node.inputs[1]]
         macs = graph.type(node.output).elements * (weight.size // graph.shape(node.output)[-1])
         return macs / max(choice.rates[choice.kind], 1e-9)

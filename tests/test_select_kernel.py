@@ -5,6 +5,7 @@ import pytest
 from mpqc.errors import UsageError
 from mpqc.graph import Graph
 from mpqc.passes.channels_last import ChannelsLast
+from mpqc.pipeline import expected_cycles
 from mpqc.select_kernel import Choice, Selector, count_weights, geometry
 from mpqc.target import TARGETS, Target
 from tests.graph_runner import parse
@@ -72,6 +73,9 @@ def test_weights_of_small_networks_come_from_l2() -> None:
     small, large = choose(alone, VNNI), choose(among, VNNI)
     part = Selector(VNNI, weights=count_weights(among)).choose(alone, alone["conv"])
     assert part.rates == large.rates
+    cycles = expected_cycles(Selector(VNNI), among)  # splits of channels are single layers, too
+    macs = 4 * 4 * 64 * 64 * 9
+    assert cycles(alone, alone["conv"]) == pytest.approx(macs / large.rates[large.kind])
     assert small.rates["int8"] > 1.2 * large.rates["int8"]
     assert small.rates["bitplane-lut"] > large.rates["bitplane-lut"]
     assert small.rates["bitplane"] == large.rates["bitplane"]
