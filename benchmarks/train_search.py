@@ -362,6 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parser.parse_args(arguments).reduced:
         parser.set_defaults(**REDUCED)
     given = parser.parse_args(arguments)
+    if given.plans and not given.plans.is_file():
+        parser.error(f"--plans {given.plans} is no file: it is the train_search.json of a run")
     setting = Setting(
         given.model, given.train, given.test, given.preprocess, given.widths, given.epochs,
         given.tune, given.lr, given.samples, given.images, given.augment, given.batch_size,
